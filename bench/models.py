@@ -1,0 +1,151 @@
+"""The models that the benchmarks train, built from their configs: random weights, random data, no network.
+
+BERT is ``BertForSequenceClassification`` of width 768 and ViT is ``ViTForImageClassification`` with 16-pixel patches,
+both from transformers, at any depth. ``attention_dropout`` is 0 by default: on CPU, SDPA with dropout leaves the flash
+kernel and materialises the attention probabilities, for every rival alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODELS = ("bert", "vit")
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {"batch": 16, "dropout": 0.1, "labels": 2},
+    "vit": {"batch": 8, "dropout": 0.0, "labels": 10},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, one batch, one device. ``length`` counts tokens (BERT), ``resolution`` pixels per side (ViT)."""
+
+    model: str
+    layers: int = 4
+    batch: int = 16
+    length: int = 128
+    resolution: int = 224
+    width: int = 768
+    heads: int = 12
+    vocab: int = 30522
+    labels: int = 2
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    attention: str = "sdpa"
+    dtype: str = "fp32"
+    device: str = "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per example: BERT's length; ViT's patches and its class token."""
+        return self.length if self.model == "bert" else (self.resolution // 16) ** 2 + 1
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one (batch, tokens, width) activation: what figures "in units" are counted in."""
+        return self.batch * self.tokens * self.width * (2 if self.dtype in _AUTOCAST else 4)
+
+    @property
+    def name(self) -> str:
+        """A name fit for a file: everything in which two cases usually differ."""
+        size = f"len{self.length}" if self.model == "bert" else f"res{self.resolution}"
+        parts = [self.model, f"{self.layers}layers", f"batch{self.batch}", size, self.dtype, self.device]
+        if self.width != 768:
+            parts.insert(2, f"width{self.width}")
+        if self.attention != "sdpa":
+            parts.append(f"{self.attention}-attention")
+        if self.attention_dropout:
+            parts.append(f"attention-dropout{self.attention_dropout}")
+        return "-".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as plain Python."""
+        return asdict(self)
+
+
+def make_case(model: str, **settings: Any) -> Case:
+    """Return the case of ``model`` with its own defaults; a setting of None means the default."""
+    if model not in MODELS:
+        raise ValueError(f"unknown model: got {model!r}; legal: {', '.join(MODELS)}")
+    known = {f.name for f in fields(Case)}
+    given = {k: v for k, v in settings.items() if v is not None and k in known}
+    return Case(model=model, **{**_DEFAULTS[model], **given})
+
+
+def build_model(case: Case, *, seed: int = 0) -> nn.Module:
+    """Return the model of ``case`` in training mode on its device, weights drawn with ``seed``."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    model = _build_bert(case) if case.model == "bert" else _build_vit(case)
+    return model.to(case.device).train()
+
+
+def _common(case: Case) -> dict[str, Any]:
+    return {
+        "hidden_size": case.width,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.heads,
+        "intermediate_size": 4 * case.width,
+        "hidden_dropout_prob": case.dropout,
+        "attention_probs_dropout_prob": case.attention_dropout,
+        "attn_implementation": case.attention,
+        "num_labels": case.labels,
+        "problem_type": "single_label_classification",  # set late, it would cost the first step a recompile
+    }
+
+
+def _build_bert(case: Case) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    positions = max(512, case.length)
+    config = BertConfig(vocab_size=case.vocab, max_position_embeddings=positions, **_common(case))
+    model: nn.Module = BertForSequenceClassification(config)
+    return model
+
+
+def _build_vit(case: Case) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(image_size=case.resolution, patch_size=16, **_common(case))
+    model: nn.Module = ViTForImageClassification(config)
+    return model
+
+
+def make_batch(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return one batch as keyword arguments of the model: int64 ids and mask, or fp32 pixels; and int64 labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, case.labels, (case.batch,), generator=generator)
+    batch = {"labels": labels}
+    if case.model == "bert":
+        shape = (case.batch, case.length)
+        batch["input_ids"] = torch.randint(0, case.vocab, shape, generator=generator)
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    else:
+        batch["pixel_values"] = torch.randn(case.batch, 3, case.resolution, case.resolution, generator=generator)
+    return {name: value.to(case.device) for name, value in batch.items()}
+
+
+def autocast(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast region that the forward of ``case`` runs in; an empty one for fp32 and TF32."""
+    if case.dtype not in _AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(case.device).type, dtype=_AUTOCAST[case.dtype])
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, shared ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def state_bytes(state: Mapping[Any, Mapping[str, Any]]) -> int:
+    """Bytes of an optimizer's state tensors."""
+    tensors = (value for entry in state.values() for value in entry.values() if isinstance(value, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)

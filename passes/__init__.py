@@ -1,0 +1,1 @@
+"""The graph passes: analyses and rewrites, in the order of ``pipeline.py``."""

@@ -1,0 +1,108 @@
+"""Read the finished pair of graphs and say, value by value, what was done: the rows of the memory plan.
+
+Changes nothing.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import STATIC, GateLayout, hint, module_path, nbytes
+from slimfit_fx.passes.find_cones import ConePlan
+from slimfit_fx.passes.insert_codecs import ENCODED
+from slimfit_fx.passes.insert_gates import GATES
+from slimfit_fx.passes.liveness import SERVES
+from slimfit_fx.passes.partition import DECISION
+from slimfit_fx.passes.saved import Seam
+from slimfit_fx.planning.planner import Planning
+from slimfit_fx.planning.rows import GraphPlan, PlanRow
+
+
+def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout: GateLayout) -> GraphPlan:
+    """One row per value that crosses the seam (its encoded parts summed up), then one per value that is recomputed."""
+    forward = {n.name: n for n in seam.forward.graph.nodes}
+    groups: dict[str, list[fx.Node]] = {}
+    for value, _ in seam.saved():
+        source = value.args[0] if GATES in value.meta and value.op == "call_function" else value
+        assert isinstance(source, fx.Node)
+        name = source.meta[ENCODED][0] if ENCODED in source.meta else source.name
+        groups.setdefault(name, []).append(value)
+    rows = [
+        _saved_row(forward[name], parts) for name, parts in groups.items() if forward[name].meta.get("val") is not None
+    ]
+    rows = [r for r in rows if r.kind not in ("gate", "input")]
+    if planning is not None and planning.cut is not None:
+        rows += [_recomputed_row(n) for n in planning.recomputed_reads if _is_worth_a_row(n)]
+    gated = tuple(sorted({c.gate for c in cones.cones}))
+    missing = tuple((f"gate {g}", _why_missing(cones)) for g in range(len(layout.params)) if g not in gated)
+    refusals = tuple(cones.refusals) + missing
+    if planning is not None and planning.refusal:
+        refusals += (("the graph", planning.refusal),)
+    return GraphPlan(tuple(rows), refusals, gated)
+
+
+def _why_missing(cones: ConePlan) -> str:
+    return "; ".join(sorted({reason for _, reason in cones.refusals})) or "it receives no gradient in this graph"
+
+
+def _saved_row(value: fx.Node, parts: list[fx.Node]) -> PlanRow:
+    decision = value.meta.get(DECISION)
+    gates = parts[0].meta.get(GATES, frozenset())
+    size = nbytes(value)
+    stored = sum(nbytes(p) for p in parts)
+    codec = decision.codec if decision is not None and any(ENCODED in p.meta for p in parts) else None
+    action = "keep" if codec is None else "codec"
+    if value.op == "placeholder":
+        kind, reason = ("gate" if "slimfit_gate" in value.meta else "input"), "an input or parameter: alive anyway"
+        size = stored = 0
+    else:
+        kind = decision.kind if decision else "other"
+        reason = decision.reason if decision else "chosen by torch's partitioner"
+    return PlanRow(
+        graph=0,
+        name=value.name,
+        module=module_path(value),
+        op=ops.op_name(value),
+        kind=kind,
+        dynamic=bool(gates),
+        gates=tuple(str(g) for g in sorted(gates)),
+        shape=_shape(value),
+        dtype=str(value.meta["val"].dtype).removeprefix("torch."),
+        decision=action + ("+gate" if gates else ""),
+        codec=None if codec is None else codec.name,
+        reason=reason,
+        bytes_before=size,
+        bytes_open=stored,
+        bytes_closed=0 if gates else stored,
+    )
+
+
+def _recomputed_row(node: fx.Node) -> PlanRow:
+    serves = node.meta.get(SERVES, frozenset())
+    dynamic = bool(serves) and STATIC not in serves
+    return PlanRow(
+        graph=0,
+        name=node.name,
+        module=module_path(node),
+        op=ops.op_name(node),
+        kind="recomputed",
+        dynamic=dynamic,
+        gates=tuple(str(g) for g in sorted(serves)) if dynamic else (),
+        shape=_shape(node),
+        dtype=str(node.meta["val"].dtype).removeprefix("torch."),
+        decision="recompute",
+        codec=None,
+        reason="cheap to compute again from what is saved",
+        bytes_before=nbytes(node),
+        bytes_open=0,
+        bytes_closed=0,
+    )
+
+
+def _is_worth_a_row(node: fx.Node) -> bool:
+    return ops.is_tensor(node) and not ops.is_view(node) and nbytes(node) >= 4096
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(hint(s) for s in node.meta["val"].shape)

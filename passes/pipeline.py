@@ -1,0 +1,200 @@
+"""The passes, in order, and the runner that verifies the graphs after each of them.
+
+The order is the list in ``build_pipeline``; each line says why it stands where it stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from slimfit_fx.codecs import Codec
+from slimfit_fx.graph.joint import GateLayout, JointGraph, read_joint
+from slimfit_fx.passes.describe_plan import describe_plan
+from slimfit_fx.passes.find_cones import ConePlan, find_cones
+from slimfit_fx.passes.hold_recompute import hold_recompute
+from slimfit_fx.passes.insert_codecs import insert_codecs
+from slimfit_fx.passes.insert_gates import GATES, insert_gates
+from slimfit_fx.passes.liveness import SERVES, tag_liveness
+from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
+from slimfit_fx.passes.saved import Seam
+from slimfit_fx.passes.sink_backward import sink_backward
+from slimfit_fx.passes.verify import IllegalGraphError, verify_joint, verify_seam
+from slimfit_fx.planning.planner import Planner, Planning
+from slimfit_fx.planning.rows import GraphPlan
+
+log = logging.getLogger("slimfit_fx.passes")
+dump_log = logging.getLogger("slimfit_fx.passes.graphs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes are told; bound to them in ``build_pipeline``."""
+
+    codec_for: Callable[[str], Codec | None]
+    freeze_rate: float
+    min_bytes: int
+    debug: bool
+    decompositions: dict[Any, Any]
+    disabled: tuple[str, ...] = ()
+
+
+@dataclass
+class Work:
+    """What travels through the pipeline: first the joint graph, then the forward/backward pair."""
+
+    joint: JointGraph
+    joint_inputs: Sequence[Any]
+    partitioner_args: dict[str, Any]
+    planning: Planning | None = None
+    seam: Seam | None = None
+    cones: ConePlan = field(default_factory=ConePlan)
+
+    def pair(self) -> Seam:
+        """The forward/backward pair; only after ``split_joint``."""
+        assert self.seam is not None, "the joint graph is not split yet"
+        return self.seam
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step. ``stage`` names the rules that hold after it (verify.py); ``needed`` passes cannot be switched off."""
+
+    name: str
+    stage: str
+    run: Callable[[Work], int]
+    needed: bool = False
+
+
+def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
+    """The ordered list. Names are what ``Config.disabled_passes`` takes."""
+    return (
+        # one name for equal values, so that the planner and the partitioner see the same graph
+        Pass("simplify_joint", "captured", _simplify),
+        # tags what everything after it reads
+        Pass("tag_liveness", "captured", lambda w: tag_liveness(w.joint), needed=True),
+        # decides keep / recompute / codec; acts on nothing
+        Pass("plan_saved_values", "captured", lambda w: _plan(w, settings)),
+        # the pair must exist before anything can be inserted on both of its sides
+        Pass("split_joint", "split", _split, needed=True),
+        # before gates: a cone then takes the small encoded parts, and decodes inside its branch
+        Pass("insert_codecs", "compressed", lambda w: insert_codecs(w.pair(), decompositions=settings.decompositions)),
+        # on the final set of backward nodes
+        Pass("insert_gates", "gated", lambda w: _gate(w, settings)),
+        # every earlier pass may place nodes where it is convenient
+        Pass("sink_backward", "gated", lambda w: sink_backward(w.pair().backward)),
+        # on the final order, so that each decode waits for what really comes before it
+        Pass("hold_recompute", "gated", lambda w: hold_recompute(w.pair().backward, holdable_placeholders(w.pair()))),
+    )
+
+
+def pass_names() -> tuple[str, ...]:
+    """Names of the passes that may be switched off."""
+    return ("simplify_joint", "plan_saved_values", "insert_codecs", "insert_gates", "sink_backward", "hold_recompute")
+
+
+def run_pipeline(
+    module: fx.GraphModule,
+    joint_inputs: Sequence[Any],
+    *,
+    layout: GateLayout,
+    settings: Settings,
+    partitioner_args: dict[str, Any],
+) -> tuple[fx.GraphModule, fx.GraphModule, GraphPlan]:
+    """Rewrite one joint graph into a forward and a backward graph; also returns the plan of what was done.
+
+    Raises:
+        IllegalGraphError: a pass broke a rule of its stage. The message names the pass and those before it.
+    """
+    joint = read_joint(
+        module, partitioner_args["num_fwd_outputs"], layout, partitioner_args.get("static_lifetime_input_indices") or ()
+    )
+    work = Work(joint, joint_inputs, partitioner_args)
+    done: list[str] = []
+    for step in build_pipeline(settings):
+        if step.name in settings.disabled and not step.needed:
+            continue
+        began = time.perf_counter()
+        before = _size(work)
+        count = step.run(work)
+        _verify(step, work, done)
+        done.append(step.name)
+        spent = (time.perf_counter() - began) * 1e3
+        log.debug("%s: %d changes, %+d operators, %.0f ms", step.name, count, _size(work) - before, spent)
+        if settings.debug:
+            _dump(step.name, work)
+    seam = work.pair()
+    return seam.forward, seam.backward, describe_plan(seam, work.cones, work.planning, layout)
+
+
+def _graphs(work: Work) -> tuple[fx.Graph, ...]:
+    return (work.joint.graph,) if work.seam is None else (work.seam.forward.graph, work.seam.backward.graph)
+
+
+def _size(work: Work) -> int:
+    return sum(len(graph.nodes) for graph in _graphs(work))
+
+
+def _dump(name: str, work: Work) -> None:
+    """Write the graphs as they stand after a pass to the log ``slimfit_fx.passes.graphs``."""
+    for graph in _graphs(work):
+        dump_log.info("after %s:\n%s", name, graph)
+
+
+def _verify(step: Pass, work: Work, done: list[str]) -> None:
+    try:
+        if work.seam is None:
+            verify_joint(work.joint)
+        else:
+            verify_seam(step.stage, work.seam)
+    except IllegalGraphError as error:
+        raise IllegalGraphError(f"after pass {step.name} (before it: {', '.join(done) or 'none'}): {error}") from error
+
+
+def holdable_placeholders(seam: Seam) -> list[fx.Node]:
+    """Saved values that forward computed, gated ones left out: those are read inside branches only."""
+    return [p for v, p in seam.saved() if v.op != "placeholder" and GATES not in p.meta]
+
+
+def _simplify(work: Work) -> int:
+    count = simplify_joint(work.joint.module)
+    args = work.partitioner_args
+    work.joint = read_joint(
+        work.joint.module, args["num_fwd_outputs"], work.joint.layout, args.get("static_lifetime_input_indices") or ()
+    )
+    return count
+
+
+def _plan(work: Work, settings: Settings) -> int:
+    planner = Planner(
+        work.joint,
+        lambda n: n.meta.get(SERVES, frozenset()),
+        codec_for=settings.codec_for,
+        freeze_rate=settings.freeze_rate,
+        min_bytes=settings.min_bytes,
+    )
+    work.planning = planner.plan()
+    return tag_cut(work.joint.module, work.planning)
+
+
+def _split(work: Work) -> int:
+    forward, backward = split_joint(work.joint.module, work.joint_inputs, **work.partitioner_args)
+    work.seam = Seam(forward, backward, work.joint.num_fwd_outputs)
+    return len(work.seam.saved())
+
+
+def _gate(work: Work, settings: Settings) -> int:
+    seam = work.pair()
+    forward_inputs = {n.name: n for n in seam.forward.graph.find_nodes(op="placeholder")}
+    gates = {gate: forward_inputs[node.name] for gate, node in work.joint.gates.items()}
+    grads = [g if g in gates else -1 for g in work.joint.grads]
+    saved = [p for _, p in seam.saved()]
+    outputs = list(seam.backward.graph.output_node().args[0])  # type: ignore[arg-type]
+    grads += [-1] * (len(outputs) - len(grads))
+    work.cones = find_cones(seam.backward.graph, grads, saved, min_bytes=settings.min_bytes)
+    return insert_gates(seam, work.cones, gates, debug=settings.debug)

@@ -1,0 +1,219 @@
+"""The legal graph, stage by stage. One function per rule; the runner checks all rules of a stage after every pass.
+
+Stages: ``captured`` (a joint graph), ``split`` (forward and backward), ``compressed`` (codecs inserted), ``gated``
+(branches and ghosts). A rule yields what is wrong, in words; the runner turns that into an ``IllegalGraphError`` that
+names the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import JointGraph
+from slimfit_fx.passes.insert_codecs import ENCODED
+from slimfit_fx.passes.insert_gates import CONE, GATE, GATES, RELEASE
+from slimfit_fx.passes.saved import Seam
+
+STASH = torch.ops.slimfit_fx.stash.default
+GHOST = torch.ops.slimfit_fx.ghost.default
+COND = torch.ops.higher_order.cond
+
+
+class IllegalGraphError(AssertionError):
+    """A pass produced a graph that breaks a rule: our bug, never the user's."""
+
+
+def verify_joint(joint: JointGraph) -> None:
+    """Raise ``IllegalGraphError`` if ``joint`` breaks a rule of the stage ``captured``."""
+    _raise_if_any("captured", [p for rule in JOINT_RULES for p in rule(joint)])
+
+
+def verify_seam(stage: str, seam: Seam) -> None:
+    """Raise ``IllegalGraphError`` if the pair breaks a rule of ``stage``."""
+    _raise_if_any(stage, [p for rule in SEAM_RULES[stage] for p in rule(seam)])
+
+
+def _raise_if_any(stage: str, problems: list[str]) -> None:
+    if problems:
+        raise IllegalGraphError(f"illegal {stage} graph: " + "; ".join(problems))
+
+
+# -- captured ----------------------------------------------------------------------------------------------------------
+def rule_joint_lints(joint: JointGraph) -> Iterator[str]:
+    """The graph is well-formed by torch.fx's own lint."""
+    yield from _lint("joint", joint.graph)
+
+
+def rule_gates_are_bool_inputs(joint: JointGraph) -> Iterator[str]:
+    """Every gate is a 0-dim bool on the CPU: a branch on it costs no device sync."""
+    for gate, node in joint.gates.items():
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or val.dtype != torch.bool or val.dim() != 0 or val.device.type != "cpu":
+            yield f"gate {gate} ({node.name}) is not a 0-dim CPU bool"
+
+
+def rule_every_gradient_has_a_gate_or_is_static(joint: JointGraph) -> Iterator[str]:
+    """Each gradient output is known to belong to a gate or to none."""
+    if len(joint.grads) != len(joint.grad_nodes()):
+        yield f"{len(joint.grad_nodes())} gradient outputs but {len(joint.grads)} gate entries"
+
+
+# -- split -------------------------------------------------------------------------------------------------------------
+def rule_graphs_lint(seam: Seam) -> Iterator[str]:
+    """Both graphs are well-formed by torch.fx's own lint."""
+    yield from _lint("forward", seam.forward.graph)
+    yield from _lint("backward", seam.backward.graph)
+
+
+def rule_seam_agrees(seam: Seam) -> Iterator[str]:
+    """Each saved tensor has a placeholder of the same shape, strides, dtype and device."""
+    try:
+        pairs = seam.saved()
+    except KeyError as missing:
+        yield f"saved value without a placeholder in backward: {missing}"
+        return
+    for value, placeholder in pairs:
+        here, there = value.meta.get("val"), placeholder.meta.get("val")
+        if not isinstance(here, torch.Tensor) or not isinstance(there, torch.Tensor):
+            yield f"saved value {value.name} has no example tensor"
+        elif (str(here.shape), here.stride(), here.dtype, here.device) != (
+            str(there.shape),
+            there.stride(),
+            there.dtype,
+            there.device,
+        ):
+            yield f"saved value {value.name} differs from its placeholder in shape, strides, dtype or device"
+
+
+def rule_random_runs_once(seam: Seam) -> Iterator[str]:
+    """No random operator of the forward graph runs again in backward: it would draw other numbers."""
+    drawn = {n.name for n in seam.forward.graph.nodes if ops.is_random(n) and ops.op_name(n) == "inductor_random"}
+    for node in seam.backward.graph.nodes:
+        if node.name in drawn:
+            yield f"random operator {node.name} runs in forward and again in backward"
+
+
+# -- compressed --------------------------------------------------------------------------------------------------------
+def rule_codec_spares_user_values(seam: Seam) -> Iterator[str]:
+    """User outputs are not made from encoded values."""
+    tainted: set[fx.Node] = set()
+    for node in seam.forward.graph.nodes:
+        if ENCODED in node.meta or any(i in tainted for i in node.all_input_nodes if node.op != "output"):
+            tainted.add(node)
+    for node in seam.user_outputs():
+        if node in tainted:
+            yield f"user output {node.name} depends on an encoded value"
+
+
+def rule_encoded_once(seam: Seam) -> Iterator[str]:
+    """No part of an encoded value is saved twice."""
+    seen: set[object] = set()
+    for value, _ in seam.saved():
+        mark = value.meta.get(ENCODED)
+        if mark is not None and value.target is not STASH and mark in seen:
+            yield f"part {mark} is saved twice"
+        seen.add(mark)
+
+
+# -- gated -------------------------------------------------------------------------------------------------------------
+def rule_ghosts_reach_only_their_cones(seam: Seam) -> Iterator[str]:
+    """A stashed value is read only by branches whose gate is one of its own; a branch's result only by the output."""
+    for node in seam.backward.graph.nodes:
+        if node.op == "placeholder" and GATES in node.meta:
+            yield from _readers_gated_by(node, node.meta[GATES])
+        elif node.op == "call_function" and node.target is COND:
+            yield from _result_escapes(node)
+
+
+def rule_stash_outputs_are_only_saved(seam: Seam) -> Iterator[str]:
+    """A stash is saved for backward and read by nothing in forward; its tag names the gates it looks at."""
+    user = set(seam.user_outputs())
+    saved = {v for v, _ in seam.saved()}
+    for node in seam.forward.graph.nodes:
+        if node.op == "call_function" and node.target is STASH:
+            if node in user:
+                yield f"stash {node.name} is returned to the user"
+            if node not in saved or any(u.op != "output" for u in node.users):
+                yield f"stash {node.name} is read in forward"
+            gates = frozenset(g.meta.get(GATE) for g in node.args[1])
+            if gates != node.meta.get(GATES):
+                yield f"stash {node.name} is gated by {sorted(map(str, gates))} but tagged {node.meta.get(GATES)}"
+
+
+def rule_branches_are_closed(seam: Seam) -> Iterator[str]:
+    """Predicates are gate inputs; branches take the operands they are given, return one tensor and alias nothing."""
+    for node in seam.backward.graph.nodes:
+        if node.op != "call_function" or node.target is not COND:
+            continue
+        gate, opened, closed, operands = node.args
+        if gate.meta.get(GATE) != node.meta.get(CONE):
+            yield f"branch {node.name} of gate {node.meta.get(CONE)} is switched by gate {gate.meta.get(GATE)}"
+        for branch in (opened, closed):
+            graph = getattr(seam.backward, str(branch.target)).graph
+            if len(graph.find_nodes(op="placeholder")) != len(operands):
+                yield f"branch {node.name}: {branch.target} takes another number of operands"
+            (result,) = graph.output_node().args[0]
+            if result.op == "placeholder" or ops.view_base(result).op == "placeholder":
+                yield f"branch {node.name}: {branch.target} returns a view of an operand"
+        if not all(isinstance(o, fx.Node) and (ops.is_tensor(o) or ops.is_symbol(o)) for o in operands):
+            yield f"branch {node.name} has an operand that is neither a tensor nor a symbol"
+
+
+def _readers_gated_by(node: fx.Node, gates: frozenset[int]) -> Iterator[str]:
+    for user in node.users:
+        if user.op == "output":
+            yield f"ghost {node.name} leaves the backward graph"
+        elif user.target is RELEASE:
+            if user.args[0] is node:
+                yield f"ghost {node.name} is passed on by {user.name}"
+        elif user.target is not COND:
+            yield f"ghost {node.name} is read by {user.name} outside every branch"
+        elif user.meta.get(CONE) not in gates or user.args[0] is node:
+            yield f"ghost {node.name} of gates {sorted(gates)} is read by the branch of gate {user.meta.get(CONE)}"
+
+
+def _result_escapes(call: fx.Node) -> Iterator[str]:
+    """A branch's result goes through ``release``, which reads no element of it, to the outputs and nowhere else."""
+    for element in call.users:
+        if not ops.is_getitem(element):
+            yield f"branch {call.name} is read whole by {element.name}"
+            continue
+        for user in element.users:
+            if user.target is RELEASE and user.args[0] is element:
+                escaped = [u.name for u in user.users if u.op != "output"]
+            else:
+                escaped = [user.name] if user.op != "output" else []
+            if escaped:
+                yield f"gradient {element.name} of a gated unit is read by another node: {escaped[0]}"
+
+
+def _lint(name: str, graph: fx.Graph) -> Iterator[str]:
+    try:
+        graph.lint()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        yield f"{name} graph does not lint: {error}"
+
+
+JointRule = Callable[[JointGraph], Iterator[str]]
+SeamRule = Callable[[Seam], Iterator[str]]
+JOINT_RULES: tuple[JointRule, ...] = (
+    rule_joint_lints,
+    rule_gates_are_bool_inputs,
+    rule_every_gradient_has_a_gate_or_is_static,
+)
+_SPLIT: tuple[SeamRule, ...] = (rule_graphs_lint, rule_seam_agrees, rule_random_runs_once)
+_COMPRESSED = (*_SPLIT, rule_codec_spares_user_values, rule_encoded_once)
+SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
+    "split": _SPLIT,
+    "compressed": _COMPRESSED,
+    "gated": (
+        *_COMPRESSED,
+        rule_ghosts_reach_only_their_cones,
+        rule_stash_outputs_are_only_saved,
+        rule_branches_are_closed,
+    ),
+}

@@ -1,0 +1,229 @@
+"""The four functions: ``optimize``, ``plan``, ``session``, ``restore``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimfit_fx.capture.backend import SlimFitBackend
+from slimfit_fx.capture.lower import has_compiler
+from slimfit_fx.capture.off_meta import off_meta
+from slimfit_fx.capture.partitioner import PlanReady
+from slimfit_fx.config import Config
+from slimfit_fx.passes.pipeline import pass_names
+from slimfit_fx.planning.rows import MemoryPlan
+from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
+from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.session import Session, build_plan
+from slimfit_fx.units import FoundUnits, find_units
+
+log = logging.getLogger("slimfit_fx")
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether models of one class can have compile caches of their own; else dynamo gives up on the ninth of a process."""
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def optimize(model: nn.Module, config: Config | None = None, /, **settings: Any) -> nn.Module:
+    """Make ``model`` train in less memory; returns the same object, compiled in place.
+
+    Parameters, ``state_dict`` keys and attributes stay as they are. The next training forward captures and compiles the
+    model once; from then on the scheduler decides after each optimizer step which units train, without a recompile.
+
+    Args:
+        model: any module with trainable parameters.
+        config: all settings in one object; or give them as keywords.
+        settings: fields of :class:`Config`: ``preset``, ``freeze_rate``, ``scheduler``, ``codecs``, ``units``,
+            ``executor``, ``seed``, ``dynamic``, ``compile_eval``, ...
+
+    Raises:
+        TypeError: not a module, or a setting of the wrong type.
+        ValueError: everything else that is wrong with the settings or the model, in one message.
+    """
+    chosen, found = _checked(model, config, settings, plan_only=False)
+    current = Session(model, chosen, found.units, found.always, _executor(model, chosen))
+    _SESSIONS[model] = current
+    model._compiled_call_impl = _dispatcher(model, current)
+    return model
+
+
+def session(model: nn.Module) -> Session:
+    """The session of an optimized model.
+
+    Raises:
+        ValueError: the model was not optimized.
+    """
+    if not isinstance(model, nn.Module) or model not in _SESSIONS:
+        raise ValueError(f"this {type(model).__name__} was not optimized: call slimfit_fx.optimize(model) first")
+    return _SESSIONS[model]
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``optimize``: the model runs as the user wrote it, with its current weights. Returns the same object.
+
+    Raises:
+        ValueError: the model was not optimized.
+    """
+    session(model).close()
+    del _SESSIONS[model]
+    model._compiled_call_impl = None
+    return model
+
+
+def plan(
+    model: nn.Module,
+    *args: Any,
+    config: Config | None = None,
+    preset: str = "balanced",
+    freeze_rate: float = 0.9,
+    units: Any = None,
+    codecs: Any = None,
+    **kwargs: Any,
+) -> MemoryPlan:
+    """The memory plan of one training step on these inputs, without running it.
+
+    The model is captured on fake tensors and partitioned; nothing is compiled, trained or allocated but the inputs
+    given. ``args`` and ``kwargs`` are what the model's forward takes; settings as in ``optimize`` (or all in
+    ``config``).
+
+    Raises:
+        ValueError: bad settings, nothing freezable, or a model that cannot be captured (the reason is in the message).
+    """
+    given = {"preset": preset, "freeze_rate": freeze_rate, "units": units, "codecs": codecs}
+    settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
+    chosen, (found, _) = _checked(model, config, settings, plan_only=True)
+    with off_meta(model, args, kwargs) as (real, args, kwargs):
+        by_name = dict(real.named_parameters(remove_duplicate=False))
+        gates = GateTable({u.name: [by_name[u.name]] for u in found})
+        backend = SlimFitBackend(chosen, gates, "inductor", plan_only=True)
+        _capture_only(real, backend, args, kwargs)
+    return build_plan(model, chosen, found, backend.graphs, None)
+
+
+def _capture_only(model: nn.Module, backend: SlimFitBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        with torch.enable_grad():
+            torch.compile(_traceable(model), backend=backend)(*args, **kwargs)
+    except Exception as error:
+        if not _is_plan_ready(error):
+            raise ValueError(f"this model cannot be captured: {type(error).__name__}: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _is_plan_ready(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, PlanReady) or isinstance(getattr(error, "inner_exception", None), PlanReady):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _checked(
+    model: nn.Module, config: Config | None, settings: dict[str, Any], *, plan_only: bool
+) -> tuple[Config, FoundUnits]:
+    """Settings and units, or one error with everything that is wrong with settings and model."""
+    problems = Problems()
+    chosen = problems.run(lambda: _config(config, settings))
+    problems.run(lambda: check_model(model, optimized=tuple(_SESSIONS), plan_only=plan_only))
+    disabled = () if chosen is None else chosen.disabled_passes
+    problems.run(lambda: check_disabled_passes(disabled, pass_names()))
+    units = settings.get("units") if chosen is None else chosen.units
+    found = problems.run(lambda: find_units(model, units)) if isinstance(model, nn.Module) else None
+    problems.raise_all()
+    assert chosen is not None and found is not None
+    return chosen, found
+
+
+def _config(config: Config | None, settings: dict[str, Any]) -> Config:
+    if config is None:
+        return Config(**settings)
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a slimfit_fx.Config, got {type(config).__name__}: pass settings as keywords")
+    if settings:
+        raise ValueError(f"give settings in config or as keywords, not both: got config and {sorted(settings)}")
+    return config
+
+
+def _executor(model: nn.Module, config: Config) -> str:
+    if config.executor != "inductor":
+        return config.executor
+    missing = has_compiler(next(model.parameters()).device)
+    if missing is None:
+        return "inductor"
+    warnings.warn(
+        f"slimfit_fx: {missing}; the interpreter is used: same memory plan, slower steps", RuntimeWarning, stacklevel=3
+    )
+    return "interpreter"
+
+
+def _traceable(model: nn.Module) -> Callable[..., Any]:
+    """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
+
+    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``).
+    """
+    if not torch._dynamo.trace_rules.check(model.forward):
+        return model._call_impl
+    self = model  # the name that dynamo's records of modules begin with, as in a method
+
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
+    return frame
+
+
+def _warn_if_nothing_captured(current: Session) -> None:
+    """Dynamo may skip a whole forward without a word; training is then right, but neither gated nor compressed."""
+    if not current.compiles and not current.warned:
+        current.warned = True
+        warnings.warn(
+            "slimfit_fx: torch.compile captured no graph of this model's forward: it trains uncompressed. "
+            "TORCH_LOGS=dynamo tells why",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
+    """What ``model(...)`` calls: compiled and gated in training, as the user wrote it otherwise."""
+    traceable = _traceable(model)
+    own: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
+    compiled: Callable[..., Any] = torch.compile(
+        traceable, backend=current.backend, dynamic=current.config.dynamic, **own
+    )
+    evaluated: Callable[..., Any] = torch.compile(traceable) if current.config.compile_eval else model._call_impl
+    training = compiled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal training
+        if torch.compiler.is_compiling():
+            return model._call_impl(*args, **kwargs)
+        if not (model.training and torch.is_grad_enabled()):
+            return evaluated(*args, **kwargs)
+        current.before_forward()
+        try:
+            result = training(*args, **kwargs)
+            _warn_if_nothing_captured(current)
+            return result
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if current.config.strict or training is not compiled:
+                raise
+            warnings.warn(
+                f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            training = model._call_impl
+            return training(*args, **kwargs)
+
+    return call

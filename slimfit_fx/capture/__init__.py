@@ -1,0 +1,1 @@
+"""From torch.compile's graph to a compiled function with gates."""

@@ -1,0 +1,175 @@
+"""The torch.compile backend: one captured graph in, one gated and compressed function out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimfit_fx.capture.lower import add_gate_inputs, lower_with_inductor, lower_with_interpreter
+from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner
+from slimfit_fx.config import Config
+from slimfit_fx.graph.joint import GateLayout
+from slimfit_fx.planning.rows import GraphPlan
+from slimfit_fx.planning.store import load_plan, plan_key, save_plan
+from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.runtime.grad_gate import gate_gradients
+
+log = logging.getLogger("slimfit_fx.capture")
+
+
+@dataclass
+class CapturedGraph:
+    """What is known of one compiled graph, for reports. ``unit_names[k]`` names gate ``k`` as it was at capture."""
+
+    unit_names: tuple[str, ...]
+    is_recompile: bool
+    plan: GraphPlan | None = None
+
+
+@dataclass(eq=False, repr=False)
+class SlimFitBackend:
+    """Callable for ``torch.compile(backend=...)``.
+
+    Fails soft: a graph that cannot be compiled runs as the user wrote it.
+    """
+
+    config: Config
+    gates: InitVar[GateTable]
+    executor: str
+    graphs: list[CapturedGraph] = field(default_factory=list)
+    plan_only: bool = False
+    _frames: set[int] = field(default_factory=set)
+
+    def __post_init__(self, gates: GateTable) -> None:
+        """Hold the table weakly: dynamo keeps every backend for ever, and the table keeps the model's parameters."""
+        self._table = weakref.ref(gates)
+
+    def __repr__(self) -> str:
+        return f"SlimFitBackend({self.executor}, preset={self.config.preset!r})"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph; dynamo calls this once per graph and once more per recompile."""
+        layout, units = gate_layout(example_inputs, self._gates())
+        captured = CapturedGraph(units, self._seen_before(_frame_id()))
+        self.graphs.append(captured)
+        if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
+            captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
+            return self._lower_plain(gm, example_inputs)
+        sink: list[GraphPlan] = []
+        key = plan_key(gm.graph, example_inputs, str(GatedPartitioner(self.config, layout).uuid()))
+        token = PLAN_SINK.set(sink)
+        try:
+            return self._lower(gm, example_inputs, layout)
+        except torch._dynamo.exc.RestartAnalysis:  # dynamo captures this function again, having learned something
+            self._forget(captured)
+            raise
+        except Exception as error:
+            if self.config.strict or self.plan_only:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            sink.append(GraphPlan((), (("the graph", reason),), (), None, reason))
+            log.warning("a graph could not be compiled", exc_info=True)
+            warnings.warn(
+                f"slimfit_fx: one graph of {len(gm.graph.nodes)} operators runs uncompiled and uncompressed: "
+                f"{reason[:500]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return bind_gates(lambda *args: gm.forward(*args[: layout.num_inputs]), layout, self._gates())
+        finally:
+            PLAN_SINK.reset(token)
+            captured.plan = sink[-1] if sink else load_plan(key)
+            if sink and not sink[-1].fallback:
+                save_plan(key, sink[-1])
+
+    def _gates(self) -> GateTable:
+        table = self._table()
+        assert table is not None, "the session of this model is gone"
+        return table
+
+    def _seen_before(self, frame: int | None) -> bool:
+        """Whether this model compiled this function before; other models of the same class do not count."""
+        known = frame in self._frames
+        if frame is not None:
+            self._frames.add(frame)
+        return known
+
+    def _forget(self, captured: CapturedGraph) -> None:
+        """Undo the entry of a capture that dynamo gave up."""
+        self.graphs.remove(captured)
+        frame = _frame_id()
+        if frame is not None and not captured.is_recompile:
+            self._frames.discard(frame)
+
+    def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any], layout: GateLayout) -> Callable[..., Any]:
+        partitioner = GatedPartitioner(self.config, layout, self.plan_only)
+        extended = add_gate_inputs(gm, len(layout.params))
+        gates = [torch.tensor(True) for _ in layout.params]
+        lower = lower_with_inductor if self.executor == "inductor" else lower_with_interpreter
+        compiled = lower(extended, [*example_inputs, *gates], partitioner)
+        return bind_gates(compiled, layout, self._gates())
+
+    def _lower_plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.executor != "inductor" or self.plan_only:
+            return gm.forward
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
+
+
+def gate_layout(example_inputs: Sequence[Any], gates: GateTable) -> tuple[GateLayout, tuple[str, ...]]:
+    """Which inputs are the parameters of which gate, and the units' names; by identity of the parameters."""
+    by_unit: dict[str, list[int]] = {}
+    for index, value in enumerate(example_inputs):
+        unit = gates.unit_of(value)
+        if unit is not None and value.requires_grad:
+            by_unit.setdefault(unit, []).append(index)
+    return GateLayout(len(example_inputs), tuple(tuple(v) for v in by_unit.values())), tuple(by_unit)
+
+
+def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTable) -> Callable[..., Any]:
+    """The function that dynamo calls: looks the gates up by parameter and drops the gradients of closed units."""
+    params = [index for group in layout.params for index in group]
+    leads = [group[0] for group in layout.params]
+    table = weakref.ref(gates)
+
+    def run(*args: Any) -> Any:
+        gates = table()
+        assert gates is not None, "the session of this model is gone"
+        if not torch.is_grad_enabled():
+            return compiled(*args, *(gates.always_open for _ in leads))
+        values = [gates.gate_of(args[index]) for index in leads]
+        is_open = [bool(gates.gate_of(args[index])) for index in params]
+        if _ghosts_would_be_read():
+            values = [gates.always_open for _ in leads]
+        inputs = list(args)
+        for index, tensor in zip(params, gate_gradients([inputs[i] for i in params], is_open), strict=True):
+            inputs[index] = tensor
+        return compiled(*inputs, *values)
+
+    return run
+
+
+def _ghosts_would_be_read() -> bool:
+    """Saved-tensor hooks (offloading, checkpointing) and anomaly mode read every saved tensor: keep real ones."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or torch.is_anomaly_enabled()
+
+
+def _frame_id() -> int | None:
+    """Dynamo's number of the function being compiled; equal numbers mean that the same function is compiled again."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
+
+
+def _trains_anything(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    if any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
+        return True
+    return any(isinstance(p, nn.Parameter) and p.requires_grad for p in gm.parameters())

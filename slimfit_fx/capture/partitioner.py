@@ -1,0 +1,149 @@
+"""Our entry into torch.compile: Inductor's official ``custom_partitioner_fn``.
+
+The partitioner is stateless: what it does follows from the joint graph, the settings and the gate layout, all of which
+go into its ``uuid``. So Inductor's and AOTAutograd's caches stay in force, and a graph that comes from a cache needs
+nothing that only partitioning would have produced.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import hashlib
+import logging
+import pathlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+import slimfit_fx
+import slimfit_fx.passes
+from slimfit_fx.config import Config
+from slimfit_fx.graph.joint import GateLayout
+from slimfit_fx.passes.pipeline import Settings, run_pipeline
+from slimfit_fx.planning.rows import GraphPlan
+
+log = logging.getLogger("slimfit_fx.capture")
+
+PLAN_SINK: contextvars.ContextVar[list[GraphPlan] | None] = contextvars.ContextVar("slimfit_fx_plan_sink", default=None)
+"""Where the plan of the graph being compiled goes; for display only, nothing at run time reads it."""
+
+
+class PlanReady(Exception):  # noqa: N818  (not an error: it ends a compile that was started for its plan only)
+    """Raised after partitioning when only the plan is wanted."""
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """A hash of this package's source: a new version never reads graphs that an older one cached."""
+    digest = hashlib.sha256()
+    for package in (slimfit_fx, slimfit_fx.passes):
+        for path in sorted(pathlib.Path(str(package.__file__)).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class GatedPartitioner(CustomPartitionerFn):
+    """Partitions a joint graph through our pipeline. ``plan_only`` stops the compile there and bypasses all caches."""
+
+    config: Config
+    layout: GateLayout
+    plan_only: bool = False
+
+    def uuid(self) -> Any | None:
+        """Everything that decides what the partition looks like."""
+        if self.plan_only:
+            return None
+        return f"slimfit_fx:{source_hash()}:{self.config.fingerprint()}:{self.layout!r}:{torch.__version__}"
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split ``gm``; ``kwargs`` are what Inductor hands to every partitioner."""
+        forward, backward, plan = partition_joint(gm, joint_inputs, self.config, self.layout, kwargs)
+        sink = PLAN_SINK.get()
+        if sink is not None:
+            sink.append(plan)
+        if self.plan_only:
+            raise PlanReady
+        return forward, backward
+
+
+def partition_joint(
+    module: fx.GraphModule,
+    joint_inputs: Sequence[Any],
+    config: Config,
+    layout: GateLayout,
+    partitioner_args: dict[str, Any],
+) -> tuple[fx.GraphModule, fx.GraphModule, GraphPlan]:
+    """Run the pipeline; if a pass fails, partition the untouched graph as torch would, with the reason in the plan.
+
+    Every parameter then gets its full gradient from the graph; closed units still drop theirs at run time.
+    """
+    pristine = _copy_module(module)
+    compared = _saved_by_torch(_copy_module(module), joint_inputs, partitioner_args)
+    try:
+        forward, backward, plan = run_pipeline(
+            module, joint_inputs, layout=layout, settings=settings_of(config), partitioner_args=partitioner_args
+        )
+    except Exception as error:
+        if config.strict:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("a graph could not be rewritten", exc_info=True)
+        warnings.warn(
+            f"slimfit_fx: one graph is compiled without compression and gates: {reason}", RuntimeWarning, stacklevel=2
+        )
+        forward, backward = min_cut_rematerialization_partition(pristine, joint_inputs, **partitioner_args)
+        plan = GraphPlan((), tuple((f"gate {g}", reason) for g in range(len(layout.params))), (), None, reason)
+    return forward, backward, GraphPlan(plan.rows, plan.refusals, plan.gated, compared, plan.fallback)
+
+
+def settings_of(config: Config) -> Settings:
+    """What the passes need to know of the user's settings."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return Settings(
+        codec_for=config.codec_for,
+        freeze_rate=config.freeze_rate,
+        min_bytes=config.min_bytes,
+        debug=config.debug,
+        decompositions=select_decomp_table(),
+        disabled=config.disabled_passes,
+    )
+
+
+def _copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in nodes of its own; example values are shared."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, env)
+    graph.output(output)
+    graph.output_node().meta = copy.copy(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph)
+
+
+def _saved_by_torch(
+    module: fx.GraphModule, joint_inputs: Sequence[Any], partitioner_args: dict[str, Any]
+) -> int | None:
+    """Bytes that plain torch.compile would hold between forward and backward of this graph.
+
+    Inputs and parameters are left out.
+    """
+    from slimfit_fx.graph.joint import nbytes
+
+    try:
+        forward, _ = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
+    except Exception:
+        log.debug("torch's own partition of this graph failed; no comparison", exc_info=True)
+        return None
+    saved = list(forward.graph.output_node().args[0])[partitioner_args["num_fwd_outputs"] :]  # type: ignore[arg-type]
+    return sum(nbytes(n) for n in saved if isinstance(n, fx.Node) and n.op != "placeholder")

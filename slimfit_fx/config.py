@@ -1,0 +1,271 @@
+"""All settings, in one frozen object that validates itself before anything is traced.
+
+``PRESETS`` is data: for each preset, which codec stores which kind of saved value. Edit a line to change a preset.
+A kind with no line falls back to the more general one (``FALLBACK``), and a value whose chain ends without a line is
+kept as it is. ``None`` on a line says so outright: keep this kind whatever the general line says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import numbers
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slimfit_fx._suggest import unknown
+from slimfit_fx.schedule import DISTANCES, Scheduler, scheduler_names
+
+if TYPE_CHECKING:
+    from slimfit_fx.codecs import Codec
+    from slimfit_fx.units import UnitChoice
+
+CodecTable = Mapping[str, str | None]
+
+FALLBACK: dict[str, str | None] = {
+    "float": None,  # any saved floating-point value
+    "mask": None,  # a saved boolean value
+    "gelu_input": "float",
+    "attention_qkv": "float",
+    "attention_probs": "float",
+    "normalised": "float",  # the normalised input of a LayerNorm or RMSNorm
+    "normalised_closed": "normalised",  # the same, read only for the input gradient of a norm whose own gate is closed
+    "linear_input": "float",
+}
+"""Every kind that a codec can be chosen for, and the more general kind whose codec it takes if it has none."""
+
+PRESETS: dict[str, CodecTable] = {
+    # No value changes by one bit.
+    "exact": {"mask": "bits"},
+    # The SlimFit authors' formats (arXiv 2305.18513 and its code): fixed point with no scale per tensor. Their top-k
+    # pruning is for norms that are frozen; whatever else reads the normalised input (the norm's own weight gradient, a
+    # recomputed output) must have it whole, so it stands under "normalised_closed" only.
+    "paper": {
+        "mask": "bits",
+        "gelu_input": "fixed_gelu4",
+        "attention_qkv": "fixed_int8",
+        "attention_probs": "fixed_uint8",
+        "normalised_closed": "topk",
+        "linear_input": "fixed_int8",
+    },
+    # Eight bits with a scale per group.
+    "balanced": {"mask": "bits", "float": "int8"},
+    # Four bits; eight where errors go through an exponential (attention scores) or are read as weights (probabilities).
+    "max": {"mask": "bits", "float": "int4", "attention_qkv": "int8", "attention_probs": "int8"},
+}
+LOSSLESS_PRESETS = frozenset({"exact"})
+EXECUTORS = ("inductor", "interpreter")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one optimized model.
+
+    Raises:
+        TypeError: a setting has the wrong type (and no other problem was found).
+        ValueError: a setting has an illegal value. One error lists all problems, one per line.
+    """
+
+    preset: str = "balanced"
+    """``"exact"`` (nothing lossy), ``"paper"`` (the authors' formats), ``"balanced"`` (int8) or ``"max"`` (int4)."""
+    freeze_rate: float = 0.9
+    """Share of the units frozen in each step, in [0, 1)."""
+    scheduler: str | Scheduler | type[Scheduler] = "ils"
+    """A registered name, a :class:`Scheduler` or a subclass of it."""
+    codecs: CodecTable | None = field(default=None, hash=False)
+    """Changes to the preset: kind of value -> codec name, or None to keep that kind as it is."""
+    units: UnitChoice | None = None
+    """Freezable parameters: None for the default rule, a predicate ``(name, parameter) -> bool`` or name patterns."""
+    executor: str = "inductor"
+    """``"inductor"``, or ``"interpreter"``, which needs no C++ compiler."""
+    seed: int = 0
+    """Seed of the scheduler."""
+    dynamic: bool | None = None
+    """As in ``torch.compile``."""
+    compile_eval: bool = False
+    """Compile evaluation as well (plainly); otherwise it runs eagerly."""
+    distance: str = "relative_mean"
+    """How far a unit moved: ``"relative_mean"`` or ``"relative_norm"``."""
+    debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
+    """NaN-filled tensors for ghosts, and graphs logged around each pass. Default: ``SLIMFIT_FX_DEBUG``."""
+    strict: bool = False
+    """An internal failure raises instead of leaving that graph uncompressed with a warning."""
+    disabled_passes: tuple[str, ...] = ()
+    """Names of passes to skip."""
+    min_bytes: int = 4096
+    """Saved values smaller than this are kept as they are."""
+
+    def __post_init__(self) -> None:
+        """Normalise the fields, then check every one of them."""
+        self._normalise()
+        problems = [problem for check in _CHECKS for problem in check(self)]
+        if problems:
+            error = TypeError if all(isinstance(problem, _WrongType) for problem in problems) else ValueError
+            raise error("\n".join(problems))
+
+    def _normalise(self) -> None:
+        """Copy what is mutable and make tuples of lists, where the type allows."""
+        if isinstance(self.codecs, Mapping):
+            object.__setattr__(self, "codecs", dict(self.codecs))
+        for name in ("units", "disabled_passes"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+
+    @property
+    def codec_table(self) -> dict[str, str | None]:
+        """The preset's table with ``codecs`` laid over it."""
+        return {**PRESETS[self.preset], **(self.codecs or {})}
+
+    def codec_for(self, kind: str) -> Codec | None:
+        """Return the codec that stores values of this kind, or None if they are kept as they are.
+
+        Args:
+            kind: a key of ``FALLBACK``, or ``"exact"`` for values that must not change (always None).
+
+        Raises:
+            ValueError: unknown kind.
+        """
+        if kind == "exact":
+            return None
+        if kind not in FALLBACK:
+            raise ValueError(unknown("kind", kind, FALLBACK))
+        table, at = self.codec_table, kind
+        while at not in table and (up := FALLBACK[at]) is not None:
+            at = up
+        name = table.get(at)
+        return None if name is None else _codecs().get_codec(name)
+
+    def fingerprint(self) -> str:
+        """Return a hash of what changes a compiled graph: equal in every process for equal settings.
+
+        Seed, scheduler and executor are not part of it; which parameters are units is the graph's own matter.
+        """
+        parts = {
+            "preset": self.preset,
+            "codecs": {kind: repr(self.codec_for(kind)) for kind in FALLBACK},
+            "min_bytes": self.min_bytes,
+            "debug": self.debug,
+            "disabled_passes": sorted(set(self.disabled_passes)),
+            "freeze_rate": round(self.freeze_rate, 4),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class _WrongType(str):
+    """A problem message about a type rather than a value."""
+
+
+def _codecs() -> Any:
+    from slimfit_fx import codecs  # not at the top: codecs pull in torch operators that a plain import does not need
+
+    return codecs
+
+
+def _check_preset(config: Config) -> Iterable[str]:
+    if not isinstance(config.preset, str):
+        yield _WrongType(f"preset must be a string, one of {sorted(PRESETS)}, got {config.preset!r}")
+    elif config.preset not in PRESETS:
+        yield unknown("preset", config.preset, PRESETS)
+
+
+def _check_freeze_rate(config: Config) -> Iterable[str]:
+    rate = config.freeze_rate
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        yield _WrongType(f"freeze_rate must be a number in [0, 1), got {rate!r}")
+    elif not 0.0 <= rate < 1.0:
+        percent = f" (a share, not a percentage: did you mean {float(rate) / 100:g}?)" if 1 < rate < 100 else ""
+        yield f"freeze_rate must be in [0, 1), got {rate!r}{percent}"
+    else:
+        object.__setattr__(config, "freeze_rate", float(rate))
+
+
+def _check_scheduler(config: Config) -> Iterable[str]:
+    scheduler = config.scheduler
+    if isinstance(scheduler, str):
+        if scheduler not in scheduler_names():
+            yield unknown("scheduler", scheduler, scheduler_names())
+    elif not isinstance(scheduler, Scheduler) and not (
+        isinstance(scheduler, type) and issubclass(scheduler, Scheduler)
+    ):
+        yield _WrongType(f"scheduler must be a name, a Scheduler or a subclass of it, got {scheduler!r}")
+
+
+def _check_codecs(config: Config) -> Iterable[str]:
+    if config.codecs is None:
+        return
+    if not isinstance(config.codecs, Mapping):
+        yield _WrongType(f"codecs must be None or a mapping from kind to codec name, got {config.codecs!r}")
+        return
+    known = _codecs().codec_names()
+    for kind, name in config.codecs.items():
+        if kind not in FALLBACK:
+            yield unknown("codecs: the kind", kind, FALLBACK)
+        if name is None:
+            continue
+        if not isinstance(name, str):
+            yield _WrongType(f"codecs[{kind!r}] must be None or a codec name, got {name!r}")
+        elif name not in known:
+            yield unknown(f"codecs[{kind!r}]", name, known) + ", or None to keep the value as it is"
+        elif config.preset in LOSSLESS_PRESETS and not _codecs().get_codec(name).lossless:
+            yield (
+                f"codecs[{kind!r}] must be lossless under preset {config.preset!r}, got {name!r}: "
+                "choose another preset for lossy codecs"
+            )
+
+
+def _check_units(config: Config) -> Iterable[str]:
+    units = config.units
+    if units is None or callable(units) or isinstance(units, str):
+        return
+    if not isinstance(units, Sequence) or not all(isinstance(pattern, str) for pattern in units):
+        yield _WrongType(f"units must be None, a predicate (name, parameter) -> bool or name patterns, got {units!r}")
+    elif not units:
+        yield f"units must name at least one parameter, got {units!r}: use None for the default rule"
+
+
+def _check_choices(config: Config) -> Iterable[str]:
+    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES)):
+        value = getattr(config, name)
+        if not isinstance(value, str):
+            yield _WrongType(f"{name} must be a string, one of {sorted(legal)}, got {value!r}")
+        elif value not in legal:
+            yield unknown(name, value, legal)
+
+
+def _check_flags(config: Config) -> Iterable[str]:
+    for name in ("compile_eval", "debug", "strict"):
+        if not isinstance(value := getattr(config, name), bool):
+            yield _WrongType(f"{name} must be True or False, got {value!r}")
+    if config.dynamic is not None and not isinstance(config.dynamic, bool):
+        yield _WrongType(f"dynamic must be None, True or False, got {config.dynamic!r}")
+
+
+def _check_integers(config: Config) -> Iterable[str]:
+    for name in ("seed", "min_bytes"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            yield _WrongType(f"{name} must be an integer >= 0, got {value!r}")
+        elif value < 0:
+            yield f"{name} must be >= 0, got {value!r}"
+
+
+def _check_disabled_passes(config: Config) -> Iterable[str]:
+    names = config.disabled_passes
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        yield _WrongType(f"disabled_passes must be a tuple of pass names, got {names!r}")
+
+
+_CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
+    _check_preset,
+    _check_freeze_rate,
+    _check_scheduler,
+    _check_codecs,
+    _check_units,
+    _check_choices,
+    _check_flags,
+    _check_integers,
+    _check_disabled_passes,
+)

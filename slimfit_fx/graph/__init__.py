@@ -1,0 +1,1 @@
+"""Reading joint graphs and operators; changes nothing."""

@@ -1,0 +1,1 @@
+"""Deciding what happens to each saved value, and the plan as data and as a table."""

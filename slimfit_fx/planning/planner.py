@@ -1,0 +1,240 @@
+"""Decide, for every value that backward may read, what happens to it. Decides only: the passes act.
+
+The rule of this planner: minimum cut with the encoded size of each value, weighted by the chance that it is needed at
+all (a dynamic value of closed units is dropped), against a small price on running cheap operators again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from slimfit_fx.codecs import Codec, ValueSpec
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
+from slimfit_fx.planning.kinds import kind_of, mask_tainted
+from slimfit_fx.planning.mincut import Cut, minimum_cut
+
+MAX_GATES_PER_CONE = 4
+"""A value that serves more gates than this is hardly ever unneeded: it is kept like a static one."""
+
+_PRICE_PER_BYTE = {"pointwise": 0.004, "transcendental": 0.008, "reduction": 0.004, "rearrange": 0.02}
+_TRANSCENDENTAL = {"erf", "exp", "tanh", "sigmoid", "log", "gelu", "silu", "pow", "sin", "cos"}
+_FLOPS_PER_BYTE = 2000.0
+"""Price of a product of two activations (attention scores): so many operations cost as much as one saved byte."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with one saved value. ``codec`` None: it crosses as it is; ``reason`` says why."""
+
+    kind: str
+    codec: Codec | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The planner's result: the cut and one decision per saved value.
+
+    ``refusal`` is set when nothing could be planned.
+    """
+
+    cut: Cut | None
+    decisions: dict[fx.Node, Decision] = field(default_factory=dict)
+    refusal: str | None = None
+    recomputed_reads: tuple[fx.Node, ...] = ()
+    """Forward values that backward reads and that are computed again for it."""
+
+
+def effective_gates(serves: frozenset[int]) -> frozenset[int]:
+    """The gates that can drop a value: empty when it is static or serves too many gates."""
+    if STATIC in serves or len(serves) > MAX_GATES_PER_CONE:
+        return frozenset()
+    return serves
+
+
+def chance_open(serves: frozenset[int], freeze_rate: float) -> float:
+    """The chance that some gate in ``serves`` is open when each is closed with probability ``freeze_rate``."""
+    gates = effective_gates(serves)
+    return 1.0 - freeze_rate ** len(gates) if gates else 1.0
+
+
+def dense_order(val: torch.Tensor) -> tuple[int, ...] | None:
+    """The permutation of dimensions that makes ``val`` contiguous, or None when it has gaps or overlaps."""
+    if val.is_contiguous():
+        return tuple(range(val.dim()))
+    order = tuple(sorted(range(val.dim()), key=lambda d: -hint(val.stride()[d])))
+    return order if val.permute(order).is_contiguous() else None
+
+
+def value_spec(val: torch.Tensor) -> ValueSpec | None:
+    """The value as codecs see it (contiguous), or None when it cannot be seen so."""
+    order = dense_order(val)
+    if order is None:
+        return None
+    return ValueSpec(tuple(val.shape[d] for d in order), val.dtype, val.device)
+
+
+def _refuse_codec(codec: Codec, spec: ValueSpec, size: int) -> str | None:
+    if codec.random:
+        return "it draws random numbers, which cannot be inserted into a graph whose own are already numbered"
+    encoded = hint(codec.encoded_bytes(spec))
+    return f"it would not make the value smaller ({encoded} bytes, {size} as it is)" if encoded >= size else None
+
+
+class Planner:
+    """Plans one joint graph. ``codec_for(kind)`` is the preset's table; ``min_bytes`` leaves small values alone."""
+
+    def __init__(
+        self,
+        joint: JointGraph,
+        serves_of: Callable[[fx.Node], frozenset[int]],
+        *,
+        codec_for: Callable[[str], Codec | None],
+        freeze_rate: float,
+        min_bytes: int,
+    ) -> None:
+        self.joint, self.serves_of = joint, serves_of
+        self.codec_for, self.freeze_rate, self.min_bytes = codec_for, freeze_rate, min_bytes
+        self.backward, self.forward = backward_closure(joint), forward_needs(joint)
+        # an element that only backward reads is there all the same once forward ran its operator
+        self.forward |= {n for n in joint.graph.nodes if ops.is_getitem(n) and n.args[0] in self.forward}
+        self.user_outputs = {
+            ops.view_base(n) for n in joint.outputs()[: joint.num_fwd_outputs] if isinstance(n, fx.Node)
+        }
+        self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
+        self.tainted = mask_tainted(joint.graph)
+        self._decisions: dict[fx.Node, Decision] = {}
+        self._chances: dict[fx.Node, float] = {}
+
+    def plan(self) -> Planning:
+        """The cheapest cut and what is done with each value in it."""
+        needed = self._needed_backward()
+        if not needed:
+            return Planning(None, refusal="no gradient is computed in this graph")
+        cut = minimum_cut(self.joint.graph, self.backward, needed, self._save_cost, self._recompute_price)
+        if cut is None:
+            return Planning(None, refusal="no finite cut: some value can neither be saved nor computed again")
+        reads = tuple(
+            n
+            for n in self.joint.graph.nodes
+            if n in cut.recomputed and n in self.forward and any(u in needed for u in n.users)
+        )
+        return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads)
+
+    def _needed_backward(self) -> set[fx.Node]:
+        """Nodes only backward can run that some gradient depends on."""
+        stack = [n for n in self.joint.grad_nodes() if isinstance(n, fx.Node) and n in self.backward]
+        stack += [n for n in self.backward if n.op == "call_function" and not n.users]
+        needed: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in self.backward and node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        return needed
+
+    # -- what saving costs ---------------------------------------------------------------------------------------------
+    def decide(self, node: fx.Node) -> Decision:
+        """What is done with ``node`` if it is saved (the same answer whenever asked)."""
+        if node not in self._decisions:
+            self._decisions[node] = self._decide(node)
+        return self._decisions[node]
+
+    def _decide(self, node: fx.Node) -> Decision:
+        if node.op == "placeholder":
+            return Decision("input", None, "an input or parameter: alive anyway")
+        if not ops.is_tensor(node):
+            return Decision("symbol", None, "a number")
+        if ops.view_base(node) in self.user_outputs:
+            return Decision("output", None, "a user output: alive anyway")
+        if ops.view_base(node).op == "placeholder":
+            return Decision("input", None, "a view of an input: alive anyway")
+        if nbytes(node) < self.min_bytes:
+            return Decision("small", None, f"smaller than {self.min_bytes} bytes")
+        if ops.is_random(node):
+            return Decision("exact", None, "random numbers")
+        kind = kind_of(node)
+        if kind == "exact":
+            return Decision(kind, None, "must stay exact: integers, or read by exp in backward")
+        return self._with_codec(node, kind)
+
+    def _with_codec(self, node: fx.Node, kind: str) -> Decision:
+        codec = self.codec_for(kind)
+        if codec is None:
+            return Decision(kind, None, f"the preset keeps values of kind {kind}")
+        if node in self.tainted and not codec.lossless:
+            return Decision(kind, None, "may hold mask constants such as -inf")
+        spec = value_spec(node.meta["val"])
+        if spec is None:
+            return Decision(kind, None, "its memory has gaps or overlaps")
+        refusal = codec.refuses(spec) or _refuse_codec(codec, spec, nbytes(node))
+        if refusal:
+            return Decision(kind, None, f"{codec.name}: {refusal}")
+        return Decision(kind, codec, f"{kind}: {codec.name}")
+
+    def _save_cost(self, node: fx.Node) -> float:
+        if node.op == "placeholder":
+            return 1e15 if node in self.mutated else 0.0
+        if ops.is_symbol(node):
+            return 0.0
+        if not ops.is_tensor(node) or ops.is_view(node) or node not in self.forward:
+            return math.inf
+        decision = self.decide(node)
+        if decision.kind in ("input", "output"):
+            return 1.0
+        size = float(nbytes(node))
+        if decision.codec is not None:
+            spec = value_spec(node.meta["val"])
+            assert spec is not None
+            size = float(hint(decision.codec.encoded_bytes(spec)))
+        return size * self._chance(node) + 1.0
+
+    def _chance(self, node: fx.Node) -> float:
+        """The chance that backward needs ``node``, through its own readers or through what is recomputed from it."""
+        if node not in self._chances:
+            serves = self.serves_of(node)
+            if serves:
+                self._chances[node] = chance_open(serves, self.freeze_rate)
+            else:
+                readers = [self._chance(u) for u in node.users if u not in self.backward and ops.is_cheap(u)]
+                self._chances[node] = max(readers, default=1.0)
+        return self._chances[node]
+
+    # -- what running it again costs -----------------------------------------------------------------------------------
+    def _recompute_price(self, node: fx.Node) -> float:
+        if node not in self.forward:  # not computed in forward at all: computing it in backward costs nothing extra
+            return 0.0
+        if ops.is_view(node) or ops.is_creation(node) or ops.is_getitem(node) or ops.is_symbol(node):
+            return 0.0
+        if ops.is_matrix_product(node):
+            return self._product_price(node)
+        # a decision that is asked again of a decoded value could be answered otherwise
+        if not ops.is_cheap(node) or ops.is_decision(node):
+            return math.inf
+        return self._traffic_price(node) * self._chance(node)
+
+    def _traffic_price(self, node: fx.Node) -> float:
+        size = (
+            max([nbytes(node), *(nbytes(i) for i in node.all_input_nodes)]) if ops.is_reduction(node) else nbytes(node)
+        )
+        if ops.is_reduction(node):
+            return size * _PRICE_PER_BYTE["reduction"]
+        if ops.op_name(node) in _TRANSCENDENTAL:
+            return size * _PRICE_PER_BYTE["transcendental"]
+        return size * _PRICE_PER_BYTE["pointwise" if ops.is_pointwise(node) else "rearrange"]
+
+    def _product_price(self, node: fx.Node) -> float:
+        """Products with a parameter never run again; those of two activations do when the inner size is small."""
+        tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
+        if ops.op_name(node) != "bmm" or any(ops.view_base(i).op == "placeholder" for i in tensors):
+            return math.inf
+        inner = hint(tensors[0].meta["val"].shape[-1])
+        if inner > 256:
+            return math.inf
+        return 2.0 * hint(node.meta["val"].numel()) * inner / _FLOPS_PER_BYTE

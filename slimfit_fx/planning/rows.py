@@ -1,0 +1,204 @@
+"""The memory plan as data: one row per value that crosses from forward to backward, one per unit, and their totals.
+
+Formatting lives in ``table.py``. All sizes are bytes; a symbolic size counts with the size it was traced with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One value that backward needs. ``gates`` names the units that read it (none: static, read whatever is frozen)."""
+
+    graph: int
+    name: str
+    module: str
+    op: str
+    kind: str
+    dynamic: bool
+    gates: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    decision: str
+    """``keep``, ``codec``, ``recompute``; with ``+gate`` when it is dropped while all its gates are closed."""
+    codec: str | None
+    reason: str
+    bytes_before: int
+    """As it is, uncompressed."""
+    bytes_open: int
+    """Held between forward and backward when a gate is open (or the value is static)."""
+    bytes_closed: int
+    """Held when all its gates are closed."""
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """One freezable unit: did it get a gate, and if not why."""
+
+    name: str
+    numel: int
+    grad_bytes: int
+    gated: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes by kind.
+
+    ``torch_compile_saved`` is what plain torch.compile saves for the same graphs; None when not compared.
+    """
+
+    parameters: int
+    gradients_open: int
+    gradients_expected: int
+    optimizer_state: int
+    saved_before: int
+    saved_open: int
+    saved_closed: int
+    saved_expected: int
+    torch_compile_saved: int | None
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """The plan of one captured graph; gates are numbers (a graph names no layer) until ``merge_plans`` names them."""
+
+    rows: tuple[PlanRow, ...]
+    refusals: tuple[tuple[str, str], ...]
+    gated: tuple[int, ...]
+    """Gates whose gradient sits behind a branch."""
+    torch_compile_saved: int | None = None
+    fallback: str | None = None
+    """Why the graph was left as it was, if it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraphPlan:
+        """The plan that ``to_dict`` described, also after a trip through JSON."""
+        rows = tuple(PlanRow(**{**r, "gates": tuple(r["gates"]), "shape": tuple(r["shape"])}) for r in data["rows"])
+        return cls(
+            rows,
+            tuple((a, b) for a, b in data["refusals"]),
+            tuple(data["gated"]),
+            data["torch_compile_saved"],
+            data["fallback"],
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is done with every saved value of one training step, and why.
+
+    ``print(plan)`` shows it as a table, ``_repr_html_`` as HTML; ``to_dict``/``to_json`` give all of it as data.
+    """
+
+    rows: tuple[PlanRow, ...]
+    units: tuple[UnitRow, ...]
+    preset: str
+    freeze_rate: float
+    parameter_bytes: int
+    optimizer_bytes: int
+    torch_compile_saved: int | None = None
+    refusals: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def totals(self) -> Totals:
+        """Sum the rows. *expected*: each unit open with probability ``1 - freeze_rate``."""
+        open_share = 1.0 - self.freeze_rate
+        grads = sum(u.grad_bytes for u in self.units)
+        expected = sum(_expected(r, self.freeze_rate) for r in self.rows)
+        return Totals(
+            self.parameter_bytes,
+            grads,
+            round(grads * open_share),
+            self.optimizer_bytes,
+            sum(r.bytes_before for r in self.rows),
+            sum(r.bytes_open for r in self.rows),
+            sum(r.bytes_closed for r in self.rows),
+            round(expected),
+            self.torch_compile_saved,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries and lists."""
+        return {**dataclasses.asdict(self), "totals": dataclasses.asdict(self.totals())}
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        from slimfit_fx.planning.table import format_plan
+
+        return format_plan(self)
+
+    def _repr_html_(self) -> str:
+        from slimfit_fx.planning.table import format_plan
+
+        return format_plan(self, html=True)
+
+
+def _expected(row: PlanRow, freeze_rate: float) -> float:
+    if not row.gates:
+        return row.bytes_open
+    chance = 1.0 - freeze_rate ** len(row.gates)
+    return row.bytes_open * chance + row.bytes_closed * (1.0 - chance)
+
+
+def merge_plans(
+    graphs: Sequence[GraphPlan],
+    unit_names: Sequence[Sequence[str]],
+    units: Sequence[tuple[str, int, int]],
+    *,
+    preset: str,
+    freeze_rate: float,
+    parameter_bytes: int,
+    optimizer_bytes: int,
+) -> MemoryPlan:
+    """One plan for a model of several graphs.
+
+    ``unit_names[i][k]`` names gate ``k`` of graph ``i``; ``units`` are (name, numel, bytes).
+    """
+    rows: list[PlanRow] = []
+    gated: set[str] = set()
+    why: dict[str, str] = {}
+    for index, (graph, names) in enumerate(zip(graphs, unit_names, strict=True)):
+        rows += [dataclasses.replace(r, graph=index, gates=tuple(names[int(g)] for g in r.gates)) for r in graph.rows]
+        gated |= {names[g] for g in graph.gated}
+        for what, reason in graph.refusals:
+            if what.startswith("gate "):
+                why[names[int(what.split()[1])]] = reason
+    unit_rows = tuple(
+        UnitRow(
+            name,
+            numel,
+            size,
+            name in gated,
+            "" if name in gated else why.get(name, "no gradient of it was found in any captured graph"),
+        )
+        for name, numel, size in units
+    )
+    compared = [g.torch_compile_saved for g in graphs if g.torch_compile_saved is not None]
+    notes = tuple(f"graph {i} was left as it was: {g.fallback}" for i, g in enumerate(graphs) if g.fallback)
+    refusals = tuple(r for g in graphs for r in g.refusals if not r[0].startswith("gate "))
+    return MemoryPlan(
+        tuple(rows),
+        unit_rows,
+        preset,
+        freeze_rate,
+        parameter_bytes,
+        optimizer_bytes,
+        sum(compared) if compared and len(compared) == len(graphs) else None,
+        refusals,
+        notes,
+    )

@@ -1,0 +1,55 @@
+"""Plans on disk, beside Inductor's cache: a graph that comes from the cache was not partitioned in this process.
+
+For display only. Nothing at run time reads a plan, and a missing or broken file means "no plan is known".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from slimfit_fx.planning.rows import GraphPlan
+
+log = logging.getLogger("slimfit_fx.planning")
+
+
+def plan_key(graph: fx.Graph, inputs: Sequence[Any], partitioner_id: str) -> str:
+    """Name one captured graph, its input sizes and the partitioner that handles it."""
+    sizes = [
+        (tuple(map(str, v.shape)), str(v.dtype), v.requires_grad) if isinstance(v, Tensor) else str(v) for v in inputs
+    ]
+    return hashlib.sha256(f"{graph}\n{sizes}\n{partitioner_id}".encode()).hexdigest()
+
+
+def save_plan(key: str, plan: GraphPlan) -> None:
+    """Keep ``plan`` under ``key``; a folder that cannot be written is no error."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(plan.to_dict(), file)
+        os.replace(file.name, path)
+    except OSError:
+        log.debug("the plan was not kept", exc_info=True)
+
+
+def load_plan(key: str) -> GraphPlan | None:
+    """Return the plan kept under ``key``, or None."""
+    try:
+        return GraphPlan.from_dict(json.loads(_path(key).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _path(key: str) -> pathlib.Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return pathlib.Path(cache_dir()) / "slimfit_fx" / f"{key}.json"

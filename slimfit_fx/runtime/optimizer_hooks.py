@@ -1,0 +1,77 @@
+"""Notice optimizer steps: global hooks on torch.optim, filtered to optimizers that hold the model's parameters.
+
+Covers every subclass of ``torch.optim.Optimizer``, present and future, several at a time, and GradScaler (a skipped
+step calls no hook).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar, Protocol
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class StepListener(Protocol):
+    """Who is told of optimizer steps."""
+
+    def before_step(self, params: frozenset[int]) -> None:
+        """Called before an optimizer reads the gradients of the parameters with these ids."""
+
+    def after_step(self) -> None:
+        """Called after its step."""
+
+
+class OptimizerHooks:
+    """Calls ``listener`` around each step of an optimizer that holds one of the parameters with ids ``param_ids``.
+
+    The hooks of a listener that is gone do nothing until the next listener comes and removes them: torch may be walking
+    through its list of hooks at the very moment when the garbage collector runs.
+    """
+
+    _registered: ClassVar[list[OptimizerHooks]] = []
+
+    def __init__(self, listener: StepListener, param_ids: frozenset[int]) -> None:
+        for hooks in [h for h in self._registered if h._listener() is None]:
+            hooks.remove()
+        self._registered.append(self)
+        self._listener: weakref.ref[StepListener] = weakref.ref(listener)
+        self._param_ids = param_ids
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._handles = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+
+    def _held(self, optimizer: Optimizer) -> frozenset[int]:
+        return frozenset(id(p) for group in optimizer.param_groups for p in group["params"]) & self._param_ids
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        listener, held = self._listener(), self._held(optimizer)
+        if listener is not None and held:
+            self.optimizers.add(optimizer)
+            listener.before_step(held)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        listener = self._listener()
+        if listener is not None and self._held(optimizer):
+            listener.after_step()
+
+    def remove(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self in self._registered:
+            self._registered.remove(self)
+
+    def state_bytes(self) -> int | None:
+        """Bytes of optimizer state that the seen optimizers hold; None before the first step."""
+        if not self.optimizers:
+            return None
+        tensors = [
+            v
+            for o in self.optimizers
+            for state in o.state.values()
+            for v in state.values()
+            if hasattr(v, "untyped_storage")
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)

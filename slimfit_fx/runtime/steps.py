@@ -1,0 +1,157 @@
+"""Gates and scheduler through time: what happens around each optimizer step.
+
+One optimizer step: the pre-hook drops what gradients closed units may have and remembers the weights of the open ones;
+the post-hook measures how far they moved. The next training forward asks the scheduler and flips the gates: never
+between two forwards of one accumulated step.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimfit_fx._suggest import did_you_mean
+from slimfit_fx.config import Config
+from slimfit_fx.runtime.distances import DistanceQueue
+from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler, update_distance
+from slimfit_fx.units import GateUnit
+
+
+class StepTracker:
+    """Gates and scheduler through time; knows nothing of compiling."""
+
+    def __init__(self, model: nn.Module, config: Config, units: Sequence[GateUnit]) -> None:
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        self.config = config
+        self.gates = GateTable({u.name: [by_name[u.name]] for u in units})
+        self.scheduler: Scheduler = make_scheduler(config.scheduler)
+        self.scheduler.start(
+            [UnitInfo(u.name, u.numel, u.bytes) for u in units], freeze_rate=config.freeze_rate, seed=config.seed
+        )
+        self.steps = 0
+        self._pinned: frozenset[str] = frozenset()
+        self._before: dict[str, tuple[Tensor, ...]] = {}
+        self._queue = DistanceQueue()
+        self._stepped = False
+        self._manual = False
+        self._dirty = True
+
+    # -- called by the engine ------------------------------------------------------------------------------------------
+    def before_forward(self) -> None:
+        """Flip the gates if an optimizer step was done (or a pin was set) since the last forward."""
+        if self._stepped:
+            self.scheduler.observe(self._queue.take())
+            self._stepped, self._dirty = False, True
+        if self._dirty:
+            self.gates.set_open(self.scheduler.select() - self._pinned, self.steps)
+            self._dirty = False
+            if self._manual:
+                self._remember(self.gates.open)
+
+    def before_step(self, params: frozenset[int]) -> None:
+        """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""
+        for name in self.gates.closed:
+            for param in self.gates.params_of(name):
+                param.grad = None
+        if self.scheduler.needs_distances and not self._manual:
+            self._remember(n for n in self.gates.open if any(id(p) in params for p in self.gates.params_of(n)))
+
+    def after_step(self) -> None:
+        """After an optimizer step: measure how far the open units moved.
+
+        Several optimizers may step; it counts as one step.
+        """
+        if not self._stepped:
+            self.steps += 1
+        self._stepped = True
+        if self._before:
+            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()})
+        self._before = {}
+
+    def _remember(self, names: Iterable[str]) -> None:
+        self._before = {n: tuple(p.detach().clone() for p in self.gates.params_of(n)) for n in names}
+
+    def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
+        metric: Any = self.config.distance
+        distances = [
+            update_distance(b, p.detach(), metric=metric)
+            for b, p in zip(before, self.gates.params_of(name), strict=True)
+        ]
+        return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
+
+    # -- called by the user --------------------------------------------------------------------------------------------
+    def step(self) -> None:
+        """Say that an optimizer step was done; for optimizers that do not subclass ``torch.optim.Optimizer``.
+
+        Call it right after the update. From the first call on, weights of open units are remembered when the gates
+        flip. Gradients of closed units are dropped here too late for that update: they are None already, unless
+        something filled them in.
+        """
+        self._manual = True
+        self.after_step()
+
+    def freeze(self, names: str | Iterable[str]) -> None:
+        """Pin units closed until ``unfreeze``, from the next forward on. Takes unit names and fnmatch patterns.
+
+        Raises:
+            ValueError: a name or pattern that matches no unit.
+        """
+        self._pin(self._pinned | self._matching(names))
+
+    def unfreeze(self, names: str | Iterable[str] = "*") -> None:
+        """Release units from ``freeze``; the scheduler decides on them again. Names and patterns as for ``freeze``."""
+        self._pin(self._pinned - self._matching(names))
+
+    def _pin(self, pinned: frozenset[str]) -> None:
+        self._pinned, self._dirty = pinned, True
+        self.scheduler.pin(pinned)
+
+    def _matching(self, names: str | Iterable[str]) -> frozenset[str]:
+        patterns = [names] if isinstance(names, str) else list(names)
+        found: set[str] = set()
+        unknown: list[str] = []
+        for pattern in patterns:
+            hits = [n for n in self.gates.names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+            found.update(hits)
+            if not hits:
+                unknown.append(f"{pattern!r} matches no unit{did_you_mean(pattern, self.gates.names)}")
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        return frozenset(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to take the same decisions: plain Python values that survive JSON."""
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "stepped": self._stepped,
+            "dirty": self._dirty,
+            "open": sorted(self.gates.open),
+            "pinned": sorted(self._pinned),
+            "pending": self._queue.state(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()`` of a session of the same model and settings.
+
+        Raises:
+            ValueError: the state is of another version, scheduler or set of units.
+        """
+        if state.get("version") != 1:
+            raise ValueError(
+                f"state must have version 1, got {state.get('version')!r}: "
+                "save it again with this version of slimfit_fx"
+            )
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.steps, self._stepped, self._dirty = int(state["steps"]), bool(state["stepped"]), bool(state["dirty"])
+        self._pinned = frozenset(state["pinned"])
+        self.scheduler.pin(self._pinned)
+        self._queue.load(state["pending"])
+        self._before = {}
+        self.gates.set_open(state["open"], self.steps)

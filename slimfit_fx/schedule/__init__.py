@@ -1,0 +1,28 @@
+"""Schedulers: which units train in the next step."""
+
+from slimfit_fx.schedule.base import Scheduler, UnitInfo, make_scheduler, register_scheduler, scheduler_names
+from slimfit_fx.schedule.distance import DISTANCES, DistanceMetric, update_distance
+from slimfit_fx.schedule.ils import InterLayerScheduler
+from slimfit_fx.schedule.none import OpenScheduler
+from slimfit_fx.schedule.round_robin import RoundRobinScheduler
+from slimfit_fx.schedule.uniform import RandomScheduler
+
+register_scheduler("ils", InterLayerScheduler)
+register_scheduler("random", RandomScheduler)
+register_scheduler("round_robin", RoundRobinScheduler)
+register_scheduler("none", OpenScheduler)
+
+__all__ = [
+    "DISTANCES",
+    "DistanceMetric",
+    "InterLayerScheduler",
+    "OpenScheduler",
+    "RandomScheduler",
+    "RoundRobinScheduler",
+    "Scheduler",
+    "UnitInfo",
+    "make_scheduler",
+    "register_scheduler",
+    "scheduler_names",
+    "update_distance",
+]

@@ -1,0 +1,105 @@
+"""ILS, inter-layer scheduling: freeze the units whose weights moved least.
+
+Source: SlimFit (arXiv 2305.18513) and its authors' code. Every unit has a distance. Before each step the
+``int(freeze_rate * n)`` units of smallest distance are frozen; after it, the units that were open get the distance that
+they moved, and a frozen one keeps its last. Distances start random and huge, so every unit is visited once, in random
+order, before any is visited twice.
+
+Five cases that the paper leaves open:
+
+- Equal distances: the unit that comes first in the model is opened first.
+- A distance that is NaN or infinite (weights that overflowed, a tensor that was all zero before the step) changes
+  nothing: NaN has no order, and infinity would hold the unit open for ever. The last finite distance is the last thing
+  known; for a unit never measured that is its start distance, so it is visited again.
+- A step in which no open unit moved at all (a learning rate of 0, as in the first step of a linear warmup) says nothing
+  about the units. Taken as distances of 0 it would freeze them for good, since everything else moves more. Their
+  distances are halved instead: others get their turn first, and nobody drops out.
+- A unit that was open but whose first distance has not been reported (a GPU's distances arrive a step late; a
+  parameter may be in no optimizer) ranks last until it is. Otherwise late reports would open each unit twice, and a
+  unit never reported would keep its place for ever.
+- Measured distances are capped below the start distances, so that a weight near 0 (a huge ratio) cannot push an
+  unvisited unit out of its first visit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from slimfit_fx.schedule.base import Scheduler, UnitInfo, hash_fraction
+
+_START = 2.0**40
+"""Start distances lie in [_START, 2 * _START)."""
+_CAP = 2.0**20
+"""Largest measured distance. Twenty steps without movement lie between it and the start distances."""
+
+
+class InterLayerScheduler(Scheduler):
+    """The paper's scheduler: each step the ``int(freeze_rate * n)`` units that moved least are frozen."""
+
+    needs_distances: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        """Create it with no units; :meth:`start` gives it some."""
+        self._distances: dict[str, float] = {}
+        self._opened: frozenset[str] = frozenset()
+        """The last answer of select()."""
+        self._unreported: frozenset[str] = frozenset()
+        """Units that were open in a step whose distance has not come yet."""
+
+    def start(self, units: Sequence[UnitInfo], *, freeze_rate: float, seed: int) -> None:
+        """Begin a run with random, huge distances that depend on the seed and on the units' names only."""
+        super().start(units, freeze_rate=freeze_rate, seed=seed)
+        self._distances = {u.name: _START * (1.0 + hash_fraction("ils", seed, u.name)) for u in self.units}
+        self._opened = self._unreported = frozenset()
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """The distance of each unit as known now (a copy). Above 2**20: not measured yet."""
+        return dict(self._distances)
+
+    def select(self) -> frozenset[str]:
+        """Return the ``open_count`` units of largest distance; equal ones in model order."""
+        ranked = sorted(self.candidates, key=lambda unit: -self._rank(unit.name))  # sorted() is stable
+        self._opened = frozenset(unit.name for unit in ranked[: self.open_count])
+        return self._opened
+
+    def _rank(self, name: str) -> float:
+        distance = self._distances[name]
+        return -1.0 if distance > _CAP and name in self._unreported else distance
+
+    def observe(self, distances: Mapping[str, float]) -> None:
+        """Take the distances of the units that were open. See the module's text for NaN, infinity and all zeros.
+
+        Raises:
+            ValueError: a name that is no unit, or a negative distance (nothing is changed then).
+        """
+        negative = [name for name, distance in distances.items() if distance < 0.0]
+        if negative:
+            raise ValueError(f"distance of {negative[0]!r} must be >= 0, got {distances[negative[0]]!r}")
+        super().observe(distances)
+        self._unreported = (self._unreported | self._opened) - distances.keys()
+        nothing_moved = all(distance == 0.0 for distance in distances.values())
+        for name, distance in distances.items():
+            if nothing_moved:
+                self._distances[name] *= 0.5
+            elif math.isfinite(distance):
+                self._distances[name] = min(float(distance), _CAP)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return step, seed, all distances (JSON keeps Python floats exactly) and which units wait for theirs."""
+        return {
+            **super().state_dict(),
+            "distances": [self._distances[name] for name in self._names()],
+            "opened": sorted(self._opened),
+            "unreported": sorted(self._unreported),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict` of the same units."""
+        self._check_state(state)
+        distances = dict(zip(self._names(), map(float, state["distances"]), strict=True))
+        opened, unreported = frozenset(state["opened"]), frozenset(state["unreported"])
+        super().load_state_dict(state)
+        self._distances, self._opened, self._unreported = distances, opened, unreported

@@ -1,0 +1,163 @@
+"""The session of one optimized model: everything a user may ask of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from slimfit_fx.capture.backend import CapturedGraph, SlimFitBackend
+from slimfit_fx.config import Config
+from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
+from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
+from slimfit_fx.runtime.steps import StepTracker
+from slimfit_fx.schedule import Scheduler
+from slimfit_fx.units import GateUnit
+
+ADAMW_STATE_PER_BYTE = 2
+"""Assumed before the first optimizer step: two moments per trainable element, in the parameter's dtype."""
+
+
+class Session:
+    """One optimized model. Get it with ``slimfit_fx.session(model)``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        units: Sequence[GateUnit],
+        always: Sequence[tuple[str, str]],
+        executor: str,
+    ) -> None:
+        self.config = config
+        self.executor = executor
+        """``inductor`` or ``interpreter``: what is really used."""
+        self.always_training = tuple(always)
+        """(parameter, reason) of those that train in every step."""
+        self.warned = False
+        """Whether the user was told that nothing was captured."""
+        self._model = weakref.ref(model)
+        self._units = tuple(units)
+        self._tracker = StepTracker(model, config, units)
+        self._backend = SlimFitBackend(config, self._tracker.gates, executor)
+        self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
+
+    @property
+    def backend(self) -> SlimFitBackend:
+        """The torch.compile backend of this model."""
+        return self._backend
+
+    @property
+    def gates(self) -> GateTable:
+        """Names of all units, which are open and closed now, and the history of decisions."""
+        return self._tracker.gates
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What decides which units train."""
+        return self._tracker.scheduler
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen."""
+        return self._tracker.steps
+
+    @property
+    def compiles(self) -> int:
+        """Graphs compiled so far."""
+        return len(self._backend.graphs)
+
+    @property
+    def recompiles(self) -> int:
+        """How often a graph had to be compiled again. Flipping gates never does that."""
+        return sum(g.is_recompile for g in self._backend.graphs)
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The memory plan of the graphs compiled so far.
+
+        Raises:
+            RuntimeError: nothing was compiled yet: run one training step, or ask ``slimfit_fx.plan(model, *inputs)``.
+        """
+        model = self._model()
+        if model is None or not self._backend.graphs:
+            raise RuntimeError(
+                "no graph was captured yet: run one training step first, or call slimfit_fx.plan(model, *inputs)"
+            )
+        return build_plan(model, self.config, self._units, self._backend.graphs, self._hooks.state_bytes())
+
+    def before_forward(self) -> None:
+        """Called by the engine before each training forward."""
+        self._tracker.before_forward()
+
+    def step(self) -> None:
+        """Say that an optimizer step was done; only for optimizers that do not subclass ``torch.optim.Optimizer``."""
+        self._tracker.step()
+
+    def freeze(self, names: str | Iterable[str]) -> None:
+        """Pin units closed (names or fnmatch patterns), from the next forward on.
+
+        Raises:
+            ValueError: a name or pattern that matches no unit.
+        """
+        self._tracker.freeze(names)
+
+    def unfreeze(self, names: str | Iterable[str] = "*") -> None:
+        """Release units that ``freeze`` pinned; the scheduler decides on them again."""
+        self._tracker.unfreeze(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same gates, distances and random state.
+
+        Plain values that survive JSON.
+        """
+        return self._tracker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict()``.
+
+        Raises:
+            ValueError: the state is of another version, scheduler or set of units.
+        """
+        self._tracker.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop listening to optimizers."""
+        self._hooks.remove()
+
+    def __repr__(self) -> str:
+        return (
+            f"Session(preset={self.config.preset!r}, executor={self.executor!r}, {self.gates!r}, steps={self.steps}, "
+            f"recompiles={self.recompiles})"
+        )
+
+
+def _unseen(graph: CapturedGraph) -> GraphPlan:
+    """What stands in for the plan of a graph that came from a compile cache: it was never partitioned here."""
+    reason = "not known: its graph came from a compile cache; slimfit_fx.plan(model, *inputs) works it out"
+    return GraphPlan((), tuple((f"gate {gate}", reason) for gate in range(len(graph.unit_names))), (), None)
+
+
+def build_plan(
+    model: nn.Module,
+    config: Config,
+    units: Sequence[GateUnit],
+    graphs: Sequence[CapturedGraph],
+    optimizer_bytes: int | None,
+) -> MemoryPlan:
+    """Merge the plans of a model's graphs into one; a recompile replaces the graph that it recompiled."""
+    latest = {g.unit_names or index: g for index, g in enumerate(graphs)}
+    chosen = list(latest.values())
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return merge_plans(
+        [g.plan or _unseen(g) for g in chosen],
+        [g.unit_names for g in chosen],
+        [(u.name, u.numel, u.bytes) for u in units],
+        preset=config.preset,
+        freeze_rate=config.freeze_rate,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        optimizer_bytes=ADAMW_STATE_PER_BYTE * trainable if optimizer_bytes is None else optimizer_bytes,
+    )

@@ -1,0 +1,49 @@
+"""What every test starts from: one thread, no compiled graphs of other tests, the same examples in every run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test workers share few cores
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("search", parent=hypothesis.settings.get_profile("ci"), derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@functools.cache
+def _missing_compiler() -> str | None:
+    from slimfit_fx.capture.lower import has_compiler
+
+    return has_compiler(torch.device("cpu"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a C++ compiler where there is none, and say so."""
+    compiled = [item for item in items if item.get_closest_marker("inductor") is not None]
+    if compiled and (missing := _missing_compiler()) is not None:
+        for item in compiled:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Forget every compiled function after the test, so that recompile counts and limits are its own."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,98 @@
+"""Twenty Hugging Face architectures train under ILS: bit for bit as without us (``exact``), closely (``balanced``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from reference import Gradients, compile_reference, cosine, differences, equal_bits, optimized, step
+from torch import Tensor, nn
+
+from slimfit_fx.schedule.ils import InterLayerScheduler
+
+pytest.importorskip("transformers")
+
+STEPS = 5
+
+
+class OpenFirst(InterLayerScheduler):
+    """ILS whose first step trains everything, so that every gradient can be held against the reference."""
+
+    def select(self):
+        chosen = super().select()
+        return frozenset(unit.name for unit in self.units) if self.step == 0 else chosen
+
+
+@dataclass
+class Reference:
+    name: str
+    model: nn.Module
+    compiled: Callable[..., Any]
+    batch: dict[str, Any]
+    first: tuple[Tensor, Gradients]
+
+
+@pytest.fixture(scope="module", params=hf_models.CONFIGS)
+def reference(request):
+    """One architecture without us, and its first step: compiled once for all tests of it."""
+    model, batch = hf_models.build(request.param), hf_models.batch(request.param)
+    compiled = compile_reference(model)
+    loss, grads = step(compiled, model, batch, seed=0)
+    first = loss, {n: None if g is None else g.clone() for n, g in grads.items()}
+    return Reference(request.param, model, compiled, batch, first)
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+
+def check_plan(session):
+    """Whatever is kept or refused says why; what has no gate says why, too."""
+    plan = session.plan
+    assert plan.rows and all(row.reason for row in plan.rows)
+    assert all(unit.gated or unit.reason for unit in plan.units)
+    assert all(what and why for what, why in plan.refusals)
+    assert not plan.notes, f"a graph was not rewritten: {plan.notes}"
+
+
+def test_trains_exactly_as_without_us(reference):
+    model, session = optimized(hf_models.build(reference.name), preset="exact", scheduler=OpenFirst, freeze_rate=0.7)
+    ours, theirs = optimizer_of(model), optimizer_of(reference.model)
+    for number in range(STEPS):
+        loss, grads = step(model, model, reference.batch, seed=number)
+        expected_loss, expected = step(reference.compiled, reference.model, reference.batch, seed=number)
+        closed = session.gates.closed
+        assert bool(closed) == (number > 0)
+        assert equal_bits(expected_loss, loss), f"step {number}: {expected_loss} != {loss}"
+        assert differences(expected, grads, closed=closed) == [], f"step {number}"
+        for name, param in reference.model.named_parameters():
+            param.grad = None if name in closed else param.grad
+        ours.step()
+        theirs.step()
+    assert session.recompiles == 0
+    check_plan(session)
+
+
+def test_trains_closely_when_compressed(reference):
+    model, session = optimized(hf_models.build(reference.name), preset="balanced", scheduler=OpenFirst, freeze_rate=0.7)
+    optimizer = optimizer_of(model)
+    loss, grads = step(model, model, reference.batch, seed=0)
+    expected_loss, expected = reference.first
+    assert equal_bits(expected_loss, loss), "codecs must not touch the forward"
+    assert cosine(expected, grads) > 0.99
+    assert {n for n, g in grads.items() if g is None} == {n for n, g in expected.items() if g is None}
+    optimizer.step()
+    for number in range(1, STEPS):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        loss, grads = step(model, model, reference.batch, seed=number)
+        assert loss.isfinite() and all(g is None or g.isfinite().all() for g in grads.values())
+        optimizer.step()
+        still = {n for n, p in model.named_parameters() if torch.equal(before[n], p)}
+        assert session.gates.closed and session.gates.closed <= still
+    assert session.recompiles == 0
+    assert any(row.decision.startswith("codec") for row in session.plan.rows)
+    check_plan(session)

@@ -1,0 +1,176 @@
+"""The command line: models from their configs, clean errors, light imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import slimfit_fx
+from slimfit_fx import from_config
+from slimfit_fx.cli import app
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("slimfit_fx.codecs")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command with a planner that only remembers what it was asked."""
+    asked = SimpleNamespace(model=None, settings=None)
+
+    def fake_plan(model, **settings):
+        asked.model, asked.settings = model, settings
+        return SimpleNamespace(to_json=lambda: '{"rows": []}')
+
+    monkeypatch.setattr(slimfit_fx, "plan", fake_plan, raising=False)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, list(arguments))
+        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr, asked=asked)
+
+    return invoke
+
+
+# ---- models from configs
+
+
+@pytest.mark.parametrize("name", from_config.KNOWN)
+def test_known_names_need_no_network(name):
+    config = from_config.load_config(name)
+    assert config.model_type == from_config.KNOWN[name][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "million"),
+    [
+        ("bert-base-uncased", "BertForSequenceClassification", 109.5),
+        ("google-bert/bert-large-uncased", "BertForSequenceClassification", 335.1),
+        ("roberta-base", "RobertaForSequenceClassification", 124.6),
+        ("distilbert-base-uncased", "DistilBertForSequenceClassification", 67.0),
+        ("gpt2", "GPT2LMHeadModel", 124.4),
+        ("google/vit-base-patch16-224", "ViTForImageClassification", 86.6),
+        ("facebook/deit-tiny-patch16-224", "ViTForImageClassification", 5.7),
+    ],
+)
+def test_known_models_have_their_published_size(name, architecture, million):
+    model, _ = from_config.build(name)
+    assert type(model).__name__ == architecture and model.training
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, abs=0.06)
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", from_config.TASKS)
+def test_every_task_has_a_forward_with_a_loss(task):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    kind = {"image-classification": "vit", "seq2seq-lm": "t5"}.get(task, "bert")
+    small = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32} if kind == "t5" else small
+    config = transformers.AutoConfig.for_model(kind, **small)
+    config.decoder_start_token_id = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_config, "load_config", lambda name: config)
+        model, batch = from_config.build("any", task=task, batch=2, length=8)
+    batch.pop("attention_mask", None)  # outside of tracing, transformers looks at its values
+    assert model(**batch).loss.shape == ()
+
+
+def test_paths(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=16, num_attention_heads=2, architectures=["BertForTokenClassification"]
+    )
+    config.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        model, batch = from_config.build(str(path), batch=3, length=7)
+        assert type(model).__name__ == "BertForTokenClassification"
+        assert batch["labels"].shape == (3, 7)
+
+
+def test_resolution_changes_the_model():
+    model, batch = from_config.build("google/vit-base-patch16-224", resolution=32, batch=2)
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert model.vit.embeddings.position_embeddings.shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("bert-base-uncase", {}, r"no config called 'bert-base-uncase' .*did you mean 'bert-base-uncased'"),
+        ("no/such/folder", {}, "give the path of a config.json or of its folder"),
+        ("gpt2", {"task": "causal"}, r"task must be one of .*got 'causal' \(did you mean 'causal-lm'"),
+        ("bert-base-cased", {"batch": 0, "length": -1}, "(?s)batch must be >= 1, got 0.length must be >= 1, got -1"),
+        ("bert-base-cased", {"length": 513}, "length must be at most 512 for this bert model, got 513"),
+        ("roberta-base", {"length": 513}, "length must be at most 512 for this roberta model, got 513"),
+        ("google/vit-base-patch16-224", {"resolution": 100}, "a multiple of the patch size 16, got 100"),
+    ],
+)
+def test_build_refuses(name, options, match):
+    with pytest.raises(ValueError, match=match):
+        from_config.build(name, **options)
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no usable config.json at"):
+        from_config.build(str(tmp_path))
+
+
+# ---- the command
+
+
+def test_plan_passes_everything_on(run):
+    result = run("plan", "bert-base-cased", "--batch", "4", "--length", "16", "--preset", "max", "--freeze-rate", "0.5")
+    assert result.code == 0
+    assert "BertForSequenceClassification: input_ids (4, 16)" in result.err
+    settings = result.asked.settings
+    assert (settings["preset"], settings["freeze_rate"]) == ("max", 0.5)
+    assert settings["input_ids"].shape == (4, 16) and settings["labels"].shape == (4,)
+
+
+def test_plan_json_is_all_of_stdout(run):
+    result = run("plan", "google/vit-base-patch16-224", "--resolution", "32", "--json")
+    assert result.code == 0 and json.loads(result.out) == {"rows": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bert-base-uncase"], "did you mean 'bert-base-uncased'"),
+        (["gpt2", "--preset", "maxx", "--freeze-rate", "1"], "did you mean 'max'?)\nfreeze_rate must be in [0, 1)"),
+        (["gpt2", "--length", "2000"], "length must be at most 1024"),
+    ],
+)
+def test_plan_errors_are_one_clean_message(run, arguments, message):
+    result = run("plan", *arguments)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("slimfit-fx: ") and message in result.err and "Traceback" not in result.err
+
+
+def test_missing_transformers_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run("plan", "gpt2")
+    assert result.code == 2 and "pip install 'slimfit-fx[hf]'" in result.err
+
+
+def test_version_and_help(run):
+    assert run("--version").out.strip() == slimfit_fx.__version__
+    assert "plan" in run("--help").out and "plan" in run().out
+
+
+def test_import_is_light():
+    heavy = ("transformers", "matplotlib", "typer", "sklearn", "pandas")
+    code = f"import sys, slimfit_fx; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_plan_for_real(tmp_path):
+    pytest.importorskip("slimfit_fx.api")
+    config = transformers.BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64)
+    config.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--batch", "4", "--length", "16", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["rows"]

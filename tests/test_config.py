@@ -1,0 +1,194 @@
+"""Config: presets say what they say, and every bad setting is named with its fix, all in one error."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from slimfit_fx.config import FALLBACK, PRESETS, Config
+from slimfit_fx.schedule import OpenScheduler, RandomScheduler, UnitInfo
+
+codecs = pytest.importorskip("slimfit_fx.codecs")
+
+
+def codec_name(config: Config, kind: str) -> str | None:
+    codec = config.codec_for(kind)
+    return None if codec is None else codec.name
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_names_known_kinds_and_codecs(preset):
+    assert set(PRESETS[preset]) <= set(FALLBACK)
+    assert set(PRESETS[preset].values()) <= {*codecs.codec_names(), None}
+    for kind in FALLBACK:
+        Config(preset=preset).codec_for(kind)
+
+
+def test_exact_is_lossless():
+    chosen = [Config(preset="exact").codec_for(kind) for kind in FALLBACK]
+    assert all(codec is None or codec.lossless for codec in chosen)
+    assert codec_name(Config(preset="exact"), "mask") == "bits"
+
+
+def test_paper_has_the_authors_formats():
+    config = Config(preset="paper")
+    assert {kind: codec_name(config, kind) for kind in FALLBACK} == {
+        "float": None,
+        "mask": "bits",
+        "gelu_input": "fixed_gelu4",
+        "attention_qkv": "fixed_int8",
+        "attention_probs": "fixed_uint8",
+        "normalised": None,
+        "normalised_closed": "topk",
+        "linear_input": "fixed_int8",
+    }
+
+
+@pytest.mark.parametrize(("preset", "floats"), [("balanced", "int8"), ("max", "int4")])
+def test_specific_kinds_fall_back_to_float_but_masks_do_not(preset, floats):
+    config = Config(preset=preset)
+    for kind in ("float", "gelu_input", "normalised", "normalised_closed", "linear_input"):
+        assert codec_name(config, kind) == floats
+    assert codec_name(config, "attention_qkv") == codec_name(config, "attention_probs") == "int8"
+    assert codec_name(config, "mask") == "bits"
+    assert codec_name(Config(codecs={"mask": None}), "mask") is None
+
+
+def test_exact_kind_is_never_encoded():
+    assert all(Config(preset=preset).codec_for("exact") is None for preset in PRESETS)
+
+
+def test_codecs_lie_over_the_preset():
+    config = Config(codecs={"gelu_input": "int4", "normalised": None})
+    assert codec_name(config, "gelu_input") == "int4"
+    assert codec_name(config, "normalised") is codec_name(config, "normalised_closed") is None
+    assert codec_name(config, "linear_input") == "int8"
+
+
+# ---- the object
+
+
+def test_frozen_hashable_replaceable_and_pickleable():
+    config = Config(codecs={"float": "int4"}, units=["a.*"], disabled_passes=["sink_backward"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    assert config.units == ("a.*",) and config.disabled_passes == ("sink_backward",)
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert dataclasses.replace(config) == config == pickle.loads(pickle.dumps(config))
+
+
+def test_codecs_are_copied():
+    mine = {"float": "int4"}
+    config = Config(codecs=mine)
+    mine["float"] = "nonsense"
+    assert codec_name(config, "float") == "int4"
+
+
+@pytest.mark.parametrize("scheduler", ["none", OpenScheduler(), RandomScheduler])
+def test_schedulers(scheduler):
+    assert Config(scheduler=scheduler).scheduler is scheduler
+
+
+def test_numbers_of_other_libraries():
+    numpy = pytest.importorskip("numpy")
+    config = Config(freeze_rate=numpy.float32(0.5))
+    assert type(config.freeze_rate) is float and config.freeze_rate == 0.5
+    assert type(Config(freeze_rate=0).freeze_rate) is float
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_follows_what_changes_a_graph():
+    base = Config()
+    same = [{"seed": 3}, {"scheduler": "random"}, {"executor": "interpreter"}, {"codecs": {"float": "int8"}}]
+    same += [{"freeze_rate": 0.9 + 1e-9}, {"strict": True}, {"distance": "relative_norm"}, {"units": "a"}]
+    other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
+    other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}]
+    assert {dataclasses.replace(base, **change).fingerprint() for change in same} == {base.fingerprint()}
+    prints = {dataclasses.replace(base, **change).fingerprint() for change in other}
+    assert len(prints) == len(other) and base.fingerprint() not in prints
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = "from slimfit_fx.config import Config; print(Config(codecs={'float': 'int4'}).fingerprint())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == Config(codecs={"float": "int4"}).fingerprint()
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "match"),
+    [
+        (
+            {"preset": "balance"},
+            ValueError,
+            r"preset must be one of \['balanced', .*, got 'balance' \(did you mean 'bal",
+        ),
+        ({"preset": None}, TypeError, r"preset must be a string, one of \['balanced', .*got None"),
+        ({"freeze_rate": 1.0}, ValueError, r"freeze_rate must be in \[0, 1\), got 1.0$"),
+        ({"freeze_rate": -0.1}, ValueError, r"freeze_rate must be in \[0, 1\), got -0.1$"),
+        ({"freeze_rate": 90}, ValueError, r"got 90 \(a share, not a percentage: did you mean 0.9\?\)"),
+        ({"freeze_rate": float("nan")}, ValueError, "got nan"),
+        ({"freeze_rate": "0.9"}, TypeError, "freeze_rate must be a number .*, got '0.9'"),
+        ({"freeze_rate": True}, TypeError, "freeze_rate must be a number .*, got True"),
+        ({"scheduler": "isl"}, ValueError, r"scheduler must be one of .*got 'isl' \(did you mean 'ils'\?\)"),
+        ({"scheduler": UnitInfo}, TypeError, "scheduler must be a name, a Scheduler or a subclass of it, got <class"),
+        ({"codecs": "int8"}, TypeError, "codecs must be None or a mapping from kind to codec name, got 'int8'"),
+        (
+            {"codecs": {"gelu": "int8"}},
+            ValueError,
+            r"codecs: the kind must be one of .*got 'gelu' \(did you mean 'gelu_i",
+        ),
+        ({"codecs": {"float": "int9"}}, ValueError, r"codecs\['float'\] must be one of .*got 'int9' .*or None to keep"),
+        ({"codecs": {"float": 8}}, TypeError, r"codecs\['float'\] must be None or a codec name, got 8"),
+        (
+            {"preset": "exact", "codecs": {"float": "int8"}},
+            ValueError,
+            "must be lossless under preset 'exact', got 'int8'",
+        ),
+        ({"units": 3}, TypeError, "units must be None, a predicate .*, got 3"),
+        ({"units": []}, ValueError, r"units must name at least one parameter, got \(\)"),
+        ({"executor": "eager"}, ValueError, r"executor must be one of \['inductor', 'interpreter'\], got 'eager'"),
+        ({"executor": None}, TypeError, "executor must be a string, .*got None"),
+        ({"distance": "norm"}, ValueError, "distance must be one of .*got 'norm'"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer >= 0, got 0.5"),
+        ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+        ({"min_bytes": True}, TypeError, "min_bytes must be an integer >= 0, got True"),
+        ({"dynamic": "auto"}, TypeError, "dynamic must be None, True or False, got 'auto'"),
+        ({"compile_eval": 1}, TypeError, "compile_eval must be True or False, got 1"),
+        ({"debug": None}, TypeError, "debug must be True or False, got None"),
+        ({"strict": "yes"}, TypeError, "strict must be True or False, got 'yes'"),
+        ({"disabled_passes": "sink"}, TypeError, "disabled_passes must be a tuple of pass names, got 'sink'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings(setting, error, match):
+    with pytest.raises(error, match=match):
+        Config(**setting)
+
+
+def test_all_problems_in_one_error():
+    with pytest.raises(ValueError) as info:
+        Config(preset="ballanced", freeze_rate=2, scheduler="x", executor="y", seed="z", codecs={"a": "b"})
+    lines = str(info.value).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("preset", "freeze_rate", "scheduler"),
+        *("codecs:", "codecs['a']", "executor", "seed"),
+    ]
+    with pytest.raises(TypeError, match=r"(?s)strict must .*seed must"):
+        Config(seed="z", strict=0)  # type: ignore[arg-type]
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"kind must be one of .*got 'gelu_inputs' \(did you mean 'gelu_input'\?\)"):
+        Config().codec_for("gelu_inputs")

@@ -1,0 +1,196 @@
+"""What must hold for every model: drawn by hypothesis, held against the same graph compiled without us."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import compile_reference, cosine, differences, equal_bits, optimized, step
+from strategies import Spec, build, inputs, specs
+
+from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs
+from slimfit_fx.passes import pipeline
+from slimfit_fx.passes.liveness import SERVES
+
+REWRITES = ("simplify_joint", "insert_codecs", "insert_gates", "sink_backward", "hold_recompute")
+"""Passes that change graphs. The others tag, decide, or make new graphs (split_joint)."""
+
+
+def ours(spec: Spec, **changes):
+    """(model, session) of a spec, with every gate open until ``close`` is called."""
+    chosen = {"scheduler": "none", "preset": "exact", "min_bytes": 0, "dynamic": spec.dynamic, "units": spec.is_unit}
+    return optimized(build(spec), **{**chosen, **changes})
+
+
+def run(spec: Spec, call, model, *, batch=None):
+    torch.manual_seed(1)
+    data = inputs(spec, batch=batch)
+    with spec.context():
+        return step(call, model, data)
+
+
+def pattern_of(names, seed: int) -> list[str]:
+    """A subset of the units to close: all, one, or a random half."""
+    chooser = random.Random(seed)
+    kinds = [lambda: list(names), lambda: [chooser.choice(names)], lambda: [n for n in names if chooser.random() < 0.5]]
+    return kinds[seed % 3]()
+
+
+def close(session, names) -> frozenset[str]:
+    session.unfreeze()
+    if names:
+        session.freeze(list(names))
+    return frozenset(names)
+
+
+# ---- gradients
+
+
+@settings(max_examples=40)
+@given(spec=specs(), seed=st.integers(0, 2**16))
+def test_gradients_are_those_of_torch(spec, seed):
+    """All gates open: bit for bit what torch computes. Any pattern: the same for open units, None for closed."""
+    torch._dynamo.reset()
+    reference = build(spec)
+    expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
+    model, session = ours(spec)
+    loss, grads = run(spec, model, model)
+    assert equal_bits(expected_loss, loss)
+    assert differences(expected, grads) == []
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(b, buffers[n]) for n, b in reference.named_buffers())
+    for number in range(3):
+        closed = close(session, pattern_of(session.gates.names, seed + number))
+        model.load_state_dict(build(spec).state_dict())
+        loss, grads = run(spec, model, model)
+        assert equal_bits(expected_loss, loss)
+        assert differences(expected, grads, closed=closed) == []
+    assert session.recompiles == 0
+
+
+@settings(max_examples=20)
+@given(spec=specs(), seed=st.integers(0, 2**16))
+def test_no_ghost_is_ever_read(spec, seed):
+    """In debug mode ghosts hold NaN: whoever reads one, passes it on."""
+    torch._dynamo.reset()
+    reference = build(spec)
+    expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
+    model, session = ours(spec, debug=True)
+    for number in range(3):
+        closed = close(session, pattern_of(session.gates.names, seed + number))
+        model.load_state_dict(build(spec).state_dict())
+        loss, grads = run(spec, model, model)
+        assert equal_bits(expected_loss, loss)
+        assert differences(expected, grads, closed=closed) == []
+
+
+# ---- passes and liveness
+
+
+@contextlib.contextmanager
+def watching(watch):
+    """Call ``watch(step, work)`` after each pass of every compile."""
+    original = pipeline.build_pipeline
+
+    def watched(step):
+        def run(work):
+            count = step.run(work)
+            watch(step, work)
+            return count
+
+        return dataclasses.replace(step, run=run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "build_pipeline", lambda settings: tuple(map(watched, original(settings))))
+        yield
+
+
+def graphs_of(work) -> list[str]:
+    if work.seam is None:
+        return [str(work.joint.graph)]
+    return [str(work.seam.forward.graph), str(work.seam.backward.graph)]
+
+
+@settings(max_examples=20)
+@given(spec=specs(), preset=st.sampled_from(("exact", "balanced", "max", "paper")))
+def test_a_second_run_of_a_pass_changes_nothing(spec, preset):
+    seen = set()
+
+    def watch(step, work):
+        if step.name not in REWRITES:
+            return
+        before, cones = graphs_of(work), work.cones
+        assert step.run(work) == 0, f"{step.name} found something to do twice"
+        assert graphs_of(work) == before
+        work.cones = cones
+        seen.add(step.name)
+
+    torch._dynamo.reset()
+    model, session = ours(spec, preset=preset)
+    with watching(watch):
+        run(spec, model, model)
+    assert seen == set(REWRITES)
+    assert not session.plan.notes
+
+
+def surviving(joint: JointGraph, closed: set[int]) -> set[str]:
+    """Forward values that backward reads when the gradients of ``closed`` are deleted and dead code is removed."""
+    graph, copied = torch.fx.Graph(), {}
+    results = graph.graph_copy(joint.graph, copied)
+    gates = [None] * joint.num_fwd_outputs + joint.grads
+    graph.output(tuple(None if gate in closed else r for r, gate in zip(results, gates, strict=True)))
+    graph.eliminate_dead_code()
+    alive = set(graph.nodes)
+    backward, forward = backward_closure(joint), forward_needs(joint)
+    late = {n for n in joint.graph.nodes if n.op != "output" and (n in backward or n not in forward)}
+    return {
+        node.name
+        for node in joint.graph.nodes
+        if node in forward and node not in backward and any(u in late and copied[u] in alive for u in node.users)
+    }
+
+
+@settings(max_examples=25)
+@given(spec=specs(sizes=("static",)), seed=st.integers(0, 2**16))
+def test_liveness_is_what_dead_code_elimination_finds(spec, seed):
+    """A forward value is needed in backward exactly if it serves a gradient that is left."""
+    checked = []
+
+    def watch(step, work):
+        if step.name != "tag_liveness":
+            return
+        joint, chooser = work.joint, random.Random(seed)
+        backward, forward = backward_closure(joint), forward_needs(joint)
+        tags = {n.name: n.meta[SERVES] for n in joint.graph.nodes if n in forward and n not in backward}
+        gates = set(joint.grads)
+        some = ({g for g in gates if chooser.random() < 0.5} for _ in range(5))
+        for closed in (set(), gates - {STATIC}, gates, *some):
+            assert surviving(joint, closed) == {name for name, tag in tags.items() if tag - closed}
+            checked.append(closed)
+
+    torch._dynamo.reset()
+    model, _ = ours(spec)
+    with watching(watch):
+        run(spec, model, model)
+    assert checked
+
+
+# ---- codecs
+
+
+@settings(max_examples=15)
+@given(spec=specs(max_layers=3), preset=st.sampled_from(("balanced", "max")))
+def test_lossy_codecs_change_gradients_a_little(spec, preset):
+    torch._dynamo.reset()
+    exact, lossy = ours(spec)[0], ours(spec, preset=preset)[0]
+    expected_loss, expected = run(spec, exact, exact)
+    loss, grads = run(spec, lossy, lossy)
+    assert equal_bits(expected_loss, loss), "codecs must not touch the forward"
+    assert {n for n, g in grads.items() if g is None} == {n for n, g in expected.items() if g is None}
+    assert all(g is None or g.isfinite().all() for g in grads.values())
+    assert cosine(expected, grads) > {"balanced": 0.97, "max": 0.8}[preset]

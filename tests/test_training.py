@@ -1,0 +1,834 @@
+"""Training loops as users write them: long, resumed, accumulating, with several optimizers, hooks or checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import itertools
+import json
+import pickle
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from reference import compile_reference, differences, equal_bits, optimized, step, unchanged_configuration
+from small_models import BATCH, LENGTH, Tiny, optimizer_state, same_state, tokens
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.checkpoint import checkpoint
+
+import slimfit_fx
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+
+
+def train(model, optimizer, numbers) -> list[float]:
+    """Ordinary steps on batch 0, 1, ...; returns the losses."""
+    losses = []
+    for number in numbers:
+        optimizer.zero_grad()
+        loss = model(*tokens(number))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def pair(
+    *, closed: tuple[str, ...] = ("blocks.0.qkv.weight", "blocks.1.*", "embed.weight"), make=Tiny, **settings: Any
+):
+    """(optimized model, its session, compiled reference, its model); `closed` units are pinned, all others open."""
+    model, session = optimized(make(), **{"preset": "exact", "scheduler": "none", **settings})
+    if closed:
+        session.freeze(closed)
+    reference = make()
+    return model, session, compile_reference(reference), reference
+
+
+def grads_of(model) -> dict[str, torch.Tensor | None]:
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+# ---- many steps
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_two_hundred_steps_compile_once_and_closed_units_stand_still(kind):
+    torch._dynamo.utils.counters.clear()
+    model, session = optimized(Tiny())
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    params = dict(model.named_parameters())
+    opened: set[str] = set()
+    for number in range(200):
+        optimizer.zero_grad()
+        model(*tokens(number)).backward()
+        closed = session.gates.closed
+        opened |= session.gates.open
+        before = {n: (params[n].detach().clone(), optimizer_state(optimizer, params[n])) for n in closed}
+        optimizer.step()
+        for name, (weight, state) in before.items():
+            assert torch.equal(weight, params[name]), f"{name} moved in step {number} while closed"
+            assert same_state(state, optimizer_state(optimizer, params[name])), (
+                f"state of {name} changed in step {number}"
+            )
+    assert (session.compiles, session.recompiles, session.steps) == (1, 0, 200)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert opened == set(session.gates.names), "every unit is visited"
+    assert len(session.gates.history) == 200
+
+
+def test_it_learns():
+    model, _ = optimized(Tiny(), freeze_rate=0.8, preset="balanced")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = train(model, optimizer, [number % 3 for number in range(150)])
+    assert sum(losses[-10:]) < 0.25 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("scheduler", ["ils", "random", "round_robin"])
+def test_a_resumed_run_equals_the_run_without_a_stop(scheduler):
+    def fresh():
+        model, session = optimized(Tiny(), scheduler=scheduler, freeze_rate=0.6, preset="balanced")
+        return model, session, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    model, session, optimizer = fresh()
+    torch.manual_seed(3)
+    train(model, optimizer, range(20))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    gates = json.dumps(session.state_dict())
+    losses = train(model, optimizer, range(20, 40))
+
+    again, resumed, other = fresh()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    resumed.load_state_dict(json.loads(gates))
+    torch.set_rng_state(saved[2])
+    assert train(again, other, range(20, 40)) == losses
+    assert [h for h in resumed.gates.history if h[0] > 20] == [h for h in session.gates.history if h[0] > 20]
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert same_state(optimizer_state(optimizer, a), optimizer_state(other, b)), name
+    assert resumed.state_dict() == session.state_dict()
+
+
+@pytest.mark.slow
+def test_a_run_resumed_at_step_100_equals_200_steps():
+    model, session = optimized(Tiny())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    torch.manual_seed(3)
+    train(model, optimizer, range(100))
+    saved = pickle.dumps((model.state_dict(), optimizer.state_dict(), session.state_dict(), torch.get_rng_state()))
+    losses = train(model, optimizer, range(100, 200))
+    again, resumed = optimized(Tiny(seed=9))
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2, weight_decay=0.1)
+    weights, optimizer_dict, gates, random_state = pickle.loads(saved)
+    again.load_state_dict(weights)
+    other.load_state_dict(optimizer_dict)
+    resumed.load_state_dict(gates)
+    torch.set_rng_state(random_state)
+    assert train(again, other, range(100, 200)) == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- forwards and backwards in every order
+
+
+def test_gradient_accumulation_keeps_the_gates():
+    model, session = optimized(Tiny(), preset="exact", freeze_rate=0.6)
+    reference = Tiny()
+    compiled = compile_reference(reference)
+    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, reference))
+    for number in range(3):
+        for call, net in ((model, model), (compiled, reference)):
+            net.zero_grad()
+            torch.manual_seed(number)
+            for micro in range(4):
+                (call(*tokens(10 * number + micro)) / 4).backward()
+        assert differences(grads_of(reference), grads_of(model), closed=session.gates.closed) == []
+        for name, param in reference.named_parameters():
+            param.grad = None if name in session.gates.closed else param.grad
+        ours.step()
+        theirs.step()
+    assert len(session.gates.history) == 3 and len({h[1] for h in session.gates.history}) > 1
+    assert (session.steps, session.recompiles) == (3, 0)
+
+
+@pytest.mark.parametrize("backwards", ["summed", "forward order", "reverse order"])
+def test_several_forwards_before_backward(backwards):
+    model, session, compiled, reference = pair()
+    for call in (model, compiled):
+        torch.manual_seed(1)
+        losses = [call(*tokens(number)) for number in range(3)]
+        if backwards == "summed":
+            torch.stack(losses).sum().backward()
+        for loss in () if backwards == "summed" else losses if backwards == "forward order" else losses[::-1]:
+            loss.backward()
+    assert differences(grads_of(reference), grads_of(model), closed=session.gates.closed) == []
+
+
+def test_a_pending_backward_keeps_the_gates_of_its_own_forward():
+    model, session, compiled, reference = pair(closed=("blocks.0.*",))
+    torch.manual_seed(1)
+    early = model(*tokens(0))
+    session.unfreeze()
+    session.freeze("blocks.1.*")
+    torch.manual_seed(2)
+    late = model(*tokens(1))
+    assert session.gates.closed == {n for n in session.gates.names if n.startswith("blocks.1.")}
+
+    _, expected = step(compiled, reference, tokens(0), seed=1)
+    early.backward()
+    assert (
+        differences(expected, grads_of(model), closed={n for n in session.gates.names if n.startswith("blocks.0.")})
+        == []
+    )
+    model.zero_grad()
+    _, expected = step(compiled, reference, tokens(1), seed=2)
+    late.backward()
+    assert differences(expected, grads_of(model), closed=session.gates.closed) == []
+
+
+def test_retain_graph():
+    model, session, compiled, reference = pair()
+    for call in (model, compiled):
+        torch.manual_seed(1)
+        loss = call(*tokens())
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert differences(grads_of(reference), grads_of(model), closed=session.gates.closed) == []
+
+
+def test_autograd_grad():
+    model, session, compiled, reference = pair()
+    found = {}
+    for key, call, net in (("ours", model, model), ("theirs", compiled, reference)):
+        torch.manual_seed(1)
+        names, params = zip(*net.named_parameters(), strict=True)
+        grads = torch.autograd.grad(call(*tokens()), params, allow_unused=True)
+        found[key] = dict(zip(names, grads, strict=True))
+    assert differences(found["theirs"], found["ours"], closed=session.gates.closed) == []
+    some = ["head.weight", "blocks.1.down.weight"]
+    torch.manual_seed(1)
+    grads = torch.autograd.grad(model(*tokens()), [model.get_parameter(n) for n in some], allow_unused=True)
+    assert torch.equal(grads[0], found["theirs"][some[0]]) and grads[1] is None
+
+
+def test_gradients_of_inputs_do_not_depend_on_the_gates():
+    class Embedded(Tiny):
+        def forward(self, x, labels):
+            for block in self.blocks:
+                x = block(x)
+            return nn.functional.cross_entropy(self.head(self.norm(x).mean(dim=1)), labels)
+
+    model, session, compiled, _ = pair(make=Embedded, closed=("blocks.*",))
+    found = []
+    for call in (model, compiled):
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, BATCH * LENGTH * 16).reshape(BATCH, LENGTH, 16).requires_grad_()
+        call(x, tokens()[1]).backward()
+        found.append(x.grad)
+    assert session.gates.closed and equal_bits(*found)
+
+
+def test_loss_outside_of_the_model_and_a_double_use_of_the_output():
+    model, session, compiled, reference = pair()
+    data, labels = tokens()
+    for call in (model, compiled):
+        torch.manual_seed(1)
+        logits = call(data)
+        (nn.functional.cross_entropy(logits, labels) + logits.square().mean()).backward()
+    assert differences(grads_of(reference), grads_of(model), closed=session.gates.closed) == []
+
+
+def test_all_units_closed():
+    model, session, compiled, reference = pair(closed=("*",))
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(compiled, reference, tokens())
+    assert session.gates.open == frozenset() and equal_bits(loss, expected_loss)
+    assert differences(expected, grads, closed=session.gates.closed) == []
+
+
+# ---- the optimizer
+
+
+def test_stale_gradients_of_closed_units_are_dropped_before_the_optimizer():
+    model, session = optimized(Tiny(), scheduler="none", preset="exact")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    train(model, optimizer, range(2))
+    session.freeze("blocks.0.*")
+    optimizer.zero_grad(set_to_none=False)
+    model(*tokens(3)).backward()
+    closed = {n: model.get_parameter(n) for n in session.gates.closed}
+    assert closed and all(not p.grad.any() for p in closed.values()), "zeros that the user asked for"
+    before = {n: (p.detach().clone(), optimizer_state(optimizer, p)) for n, p in closed.items()}
+    optimizer.step()
+    for name, (weight, state) in before.items():
+        assert torch.equal(weight, closed[name]) and same_state(state, optimizer_state(optimizer, closed[name])), name
+
+
+def test_clipping_sees_open_units_only():
+    model, session, compiled, reference = pair()
+    step(model, model, tokens())
+    step(compiled, reference, tokens())
+    for name, param in reference.named_parameters():
+        param.grad = None if name in session.gates.closed else param.grad
+    norms = [nn.utils.clip_grad_norm_(net.parameters(), 0.01) for net in (model, reference)]
+    assert torch.equal(*norms)
+
+
+def test_two_optimizers_count_as_one_step():
+    model, session = optimized(Tiny(), freeze_rate=0.5)
+    head = [p for n, p in model.named_parameters() if n.startswith(("head", "norm"))]
+    rest = [p for n, p in model.named_parameters() if not n.startswith(("head", "norm"))]
+    first, second = torch.optim.SGD(head, lr=0.1, momentum=0.9), torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1)
+    for number in range(6):
+        model.zero_grad()
+        model(*tokens(number)).backward()
+        closed = session.gates.closed
+        before = {n: model.get_parameter(n).detach().clone() for n in closed}
+        first.step()
+        second.step()
+        assert all(torch.equal(before[n], model.get_parameter(n)) for n in closed)
+    assert session.steps == 6 and len(session.gates.history) == 6
+    measured = [n for n, d in session.scheduler.distances.items() if d < 2**20]
+    assert any(n.startswith("norm") for n in measured) and any(n.startswith("blocks") for n in measured)
+
+
+def test_an_optimizer_of_another_model_flips_nothing():
+    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model(*tokens()).backward()
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert session.steps == 0 and all(model.get_parameter(n).grad is not None for n in session.gates.open)
+
+
+def test_a_step_that_a_grad_scaler_skips_flips_nothing():
+    model, session = optimized(Tiny(), freeze_rate=0.6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for number in range(4):
+        optimizer.zero_grad()
+        scaler.scale(model(*tokens(number))).backward()
+        if number == 1:
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
+        gates = session.gates.open
+        scaler.step(optimizer)
+        scaler.update()
+        assert session.gates.open == gates
+    assert session.steps == 3
+    model(*tokens(9))
+    opened = [chosen for _, chosen in session.gates.history]
+    assert len(opened) == 4, "one decision per step done; the skipped one asked for none"
+
+
+def test_a_closure_works():
+    model, session = optimized(Tiny(dropout=0.0), freeze_rate=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(*tokens())
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(8)]
+    assert losses[-1] < losses[0] and session.steps == 8
+
+
+def test_an_exotic_optimizer_says_when_it_stepped():
+    model, session = optimized(Tiny(), freeze_rate=0.5)
+    for number in range(5):
+        model.zero_grad()
+        model(*tokens(number)).backward()
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.grad is not None:
+                    param -= 0.1 * param.grad
+        session.step()
+    assert session.steps == 5 and len({chosen for _, chosen in session.gates.history}) > 1
+    assert any(d < 2**20 for d in session.scheduler.distances.values())
+
+
+def step_and_clear(optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_an_optimizer_inside_backward():
+    model, session = optimized(Tiny(), freeze_rate=0.5, scheduler="random")
+    for param in model.parameters():
+        small = torch.optim.SGD([param], lr=0.01)
+        param.register_post_accumulate_grad_hook(lambda p, small=small: step_and_clear(small))
+    for number in range(4):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model(*tokens(number)).backward()
+        moved = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+        assert not moved & session.gates.closed and session.gates.open <= moved
+    assert session.steps == 4
+
+
+def test_a_model_that_is_gone_does_not_disturb_other_optimizers():
+    model, session = optimized(Tiny())
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
+    del model, session
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    before = len(_global_optimizer_pre_hooks)
+    for _ in range(8):
+        optimized(Tiny())
+        gc.collect()
+    assert len(_global_optimizer_pre_hooks) <= before + 2, "hooks of models that are gone must not pile up"
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_model_that_is_gone_frees_its_parameters(undo):
+    model, session = optimized(Tiny(depth=1))
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
+    if undo:
+        slimfit_fx.restore(model)
+    left = [weakref.ref(param) for param in model.parameters()] + [weakref.ref(model), weakref.ref(session)]
+    del model, session
+    gc.collect()
+    assert [ref for ref in left if ref() is not None] == []
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch counts all models of a class together",
+)
+def test_many_models_of_one_class():
+    """More than torch's recompile limit."""
+    alive = []
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        model, session = optimized(Tiny(depth=0), scheduler="none", preset="exact")
+        session.freeze("embed.weight")
+        model(*tokens()).backward()
+        assert session.compiles == 1 and model.embed.weight.grad is None
+        alive.append(model)
+
+
+# ---- evaluation, undoing, copying
+
+
+def test_evaluation_is_left_alone():
+    model, session = optimized(Tiny())
+    plain = Tiny()
+    data, _ = tokens()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        ours = model(data)
+        torch.manual_seed(1)
+        assert torch.equal(ours, plain(data)), "training mode without gradients runs eagerly"
+    assert torch.equal(model.eval()(data), plain.eval()(data))
+    with torch.inference_mode():
+        assert torch.equal(model(data), plain(data))
+    assert session.compiles == 0 and not session.gates.history
+    step(model.train(), model, tokens())
+    assert torch.equal(model.eval()(data), plain(data))
+    assert session.compiles == 1
+
+
+def test_evaluation_between_forward_and_backward():
+    model, session, compiled, reference = pair()
+    torch.manual_seed(1)
+    loss = model(*tokens())
+    with torch.no_grad():
+        model.eval()(tokens(5)[0])
+    model.train()
+    loss.backward()
+    _, expected = step(compiled, reference, tokens())
+    assert differences(expected, grads_of(model), closed=session.gates.closed) == []
+
+
+def test_compile_eval():
+    model, session = optimized(Tiny(), compile_eval=True)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()[0]), Tiny().eval()(tokens()[0]))
+    assert session.compiles == 0
+
+
+def test_restore():
+    hooks = _global_optimizer_pre_hooks.keys() | _global_optimizer_post_hooks.keys()
+    model, session = optimized(Tiny(), freeze_rate=0.5)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    assert slimfit_fx.restore(model) is model
+    assert _global_optimizer_pre_hooks.keys() | _global_optimizer_post_hooks.keys() <= hooks
+    plain = Tiny()
+    plain.load_state_dict(model.state_dict())
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(plain, plain, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads) == []
+    with pytest.raises(ValueError, match="was not optimized"):
+        slimfit_fx.session(model)
+    model, session = optimized(model, freeze_rate=0.5)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
+    assert session.steps == 2
+
+
+def test_the_model_keeps_its_face(tmp_path):
+    plain = Tiny()
+    keys, attributes, kind = list(plain.state_dict()), set(vars(plain)), type(plain)
+    model, _ = optimized(plain)
+    assert model is plain and type(model) is kind and list(model.state_dict()) == keys
+    assert set(vars(model)) - attributes <= {"_compiled_call_impl"}
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(1))
+    assert list(model.state_dict()) == keys and [n for n, _ in model.named_parameters()] == keys
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    Tiny().load_state_dict(torch.load(tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_is_a_plain_model(duplicate):
+    model, session = optimized(Tiny(), freeze_rate=0.5)
+    step(model, model, tokens())
+    double = duplicate(model)
+    with pytest.raises(ValueError, match="was not optimized"):
+        slimfit_fx.session(double)
+    plain = Tiny()
+    loss, grads = step(double, double, tokens())
+    expected_loss, expected = step(plain, plain, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads) == []
+    assert session.compiles == 1
+    again, other = optimized(double, freeze_rate=0.5)
+    step(again, again, tokens())
+    assert other.gates.closed and session.compiles == 1
+
+
+def test_two_models_of_one_class_do_not_share_gates():
+    first, one = optimized(Tiny(), scheduler="none", preset="exact")
+    second, two = optimized(Tiny(), scheduler="none", preset="exact")
+    one.freeze("blocks.0.*")
+    two.freeze("blocks.1.*")
+    reference = Tiny()
+    _, expected = step(compile_reference(reference), reference, tokens())
+    for model, session in ((first, one), (second, two), (first, one)):
+        assert differences(expected, step(model, model, tokens())[1], closed=session.gates.closed) == []
+    assert one.gates.closed != two.gates.closed and (one.recompiles, two.recompiles) == (0, 0)
+
+
+def test_an_optimized_part_inside_a_plain_model():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail = Tiny(), nn.Linear(5, 2)
+
+        def forward(self, data):
+            return self.tail(self.body(data)).square().mean()
+
+    torch.manual_seed(0)
+    whole, plain = Whole(), Whole()
+    plain.load_state_dict(whole.state_dict())
+    _, session = optimized(whole.body, preset="exact", scheduler="none")
+    session.freeze("blocks.*")
+    plain_body = compile_reference(plain.body)
+    torch.manual_seed(1)
+    plain.tail(plain_body(tokens()[0])).square().mean().backward()
+    _, grads = step(whole, whole, (tokens()[0],))
+    assert differences(grads_of(plain), grads, closed={f"body.{n}" for n in session.gates.closed}) == []
+
+
+# ---- hooks, modes, checkpointing
+
+
+@pytest.mark.parametrize("mode", ["hooks", "save_on_cpu", "anomaly"])
+def test_what_reads_saved_tensors_reads_no_ghost(mode):
+    def context():
+        return {
+            "hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+            "save_on_cpu": torch.autograd.graph.save_on_cpu,
+            "anomaly": torch.autograd.detect_anomaly,
+        }[mode]()
+
+    model, session, compiled, reference = pair()
+    step(model, model, tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with context():
+            loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss)
+    assert differences(expected, grads, closed=session.gates.closed) == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_the_model(reentrant):
+    model, session, compiled, reference = pair()
+    x = torch.zeros((), requires_grad=True)  # reentrant checkpointing wants an input with a gradient
+
+    def run(call):
+        return lambda data, labels, x: call(data, labels) + 0 * x
+
+    torch.manual_seed(1)
+    checkpoint(run(model), *tokens(), x, use_reentrant=reentrant).backward()
+    _, expected = step(compiled, reference, tokens())
+    assert differences(expected, grads_of(model), closed=session.gates.closed) == []
+
+
+def test_checkpointing_inside_the_model():
+    class Checkpointed(Tiny):
+        def features(self, data):
+            x = self.embed(data)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    for closed in ((), ("blocks.0.qkv.weight", "blocks.1.*")):
+        model, session, compiled, reference = pair(make=Checkpointed, closed=closed)
+        loss, grads = step(model, model, tokens())
+        expected_loss, expected = step(compiled, reference, tokens())
+        assert equal_bits(loss, expected_loss)
+        assert differences(expected, grads, closed=session.gates.closed) == []
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_autocast(preset):
+    model, session, compiled, reference = pair(preset=preset)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = step(model, model, tokens())
+        expected_loss, expected = step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss)
+    if preset == "exact":
+        assert differences(expected, grads, closed=session.gates.closed) == []
+    assert all(g is None or (g.dtype == torch.float32 and g.isfinite().all()) for g in grads.values())
+
+
+def test_a_bfloat16_model():
+    model, session, compiled, reference = pair(make=lambda: Tiny().bfloat16())
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+
+
+def test_hooks_on_parameters_see_gradients_of_open_units():
+    model, session, compiled, reference = pair()
+    step(compiled, reference, tokens())
+    seen: dict[str, int] = {}
+    for name, param in model.named_parameters():
+        param.register_hook(lambda g, name=name: seen.__setitem__(name, 1) if g is not None else None)
+    _, grads = step(model, model, tokens())
+    assert differences(grads_of(reference), grads, closed=session.gates.closed) == []
+    assert set(seen) == {n for n, _ in model.named_parameters()} - session.gates.closed
+
+
+def test_module_hooks_run():
+    model, session, compiled, reference = pair()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("forward"))
+    loss, grads = step(model, model, tokens())
+    _, expected = step(compiled, reference, tokens())
+    assert calls == ["forward"] and differences(expected, grads, closed=session.gates.closed) == []
+
+
+def test_a_parameter_frozen_by_the_user_stays_frozen():
+    model, session, compiled, reference = pair(closed=())
+    step(model, model, tokens())
+    for net in (model, reference):
+        net.get_parameter("blocks.0.up.weight").requires_grad_(False)
+    _, grads = step(model, model, tokens())
+    _, expected = step(compiled, reference, tokens())
+    assert grads["blocks.0.up.weight"] is None and differences(expected, grads) == []
+
+
+def test_deterministic_mode():
+    model, session, compiled, reference = pair()
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, grads = step(model, model, tokens())
+        _, expected = step(compiled, reference, tokens())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert differences(expected, grads, closed=session.gates.closed) == []
+
+
+# ---- shapes and graphs
+
+
+def test_changing_batch_sizes_compile_twice_at_most():
+    model, session, compiled, reference = pair()
+    for number, (batch, length) in enumerate([(4, 8), (6, 8), (3, 8), (9, 8), (5, 8)]):
+        data = tokens(number, batch, length)
+        loss, grads = step(model, model, data)
+        expected_loss, expected = step(compiled, reference, data)
+        assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert session.compiles == 2 and session.recompiles == 1, "static first, then dynamic once and for all"
+
+
+def test_dynamic_shapes_from_the_start():
+    model, session, _, reference = pair(dynamic=True, preset="balanced", closed=())
+    exact, _ = optimized(Tiny(), preset="exact", scheduler="none", dynamic=True)
+    for number, (batch, length) in enumerate([(4, 8), (6, 12), (3, 5)]):
+        data = tokens(number, batch, length)
+        (loss, grads), (expected_loss, expected) = step(model, model, data), step(exact, exact, data)
+        assert equal_bits(loss, expected_loss)
+        assert all(
+            torch.nn.functional.cosine_similarity(grads[n].flatten(), expected[n].flatten(), dim=0) > 0.98
+            for n in grads
+        )
+    assert session.compiles == 1
+
+
+class Broken(Tiny):
+    """A graph break between the two blocks, where dynamo can resume."""
+
+    def forward(self, data, labels=None):
+        x = self.blocks[0](self.embed(data))
+        torch._dynamo.graph_break()
+        logits = self.head(self.norm(self.blocks[1](x)).mean(dim=1))
+        return logits if labels is None else nn.functional.cross_entropy(logits, labels)
+
+
+def test_graph_breaks():
+    model, session, compiled, reference = pair(make=Broken)
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert session.compiles == 2 and session.recompiles == 0
+    assert {u.name for u in session.plan.units if u.gated} == set(session.gates.names)
+
+
+def test_graph_breaks_under_ils_compile_once_per_graph():
+    model, session = optimized(Broken())
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(10))
+    assert (session.compiles, session.recompiles) == (2, 0)
+
+
+class Skipped(Tiny):
+    """A graph break inside a loop: dynamo runs this function eagerly and compiles the blocks, all with one graph."""
+
+    def features(self, data):
+        x = self.embed(data)
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+def test_one_graph_serves_all_blocks_and_what_runs_eagerly_stands_still_too():
+    model, session, compiled, reference = pair(make=Skipped, closed=("blocks.0.qkv.weight", "blocks.1.*"))
+    for _ in range(2):
+        loss, grads = step(model, model, tokens())
+        expected_loss, expected = step(compiled, reference, tokens())
+        assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+        session.unfreeze("blocks.1.*")
+    session.freeze("embed.weight")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    before = model.embed.weight.detach().clone()
+    train(model, optimizer, range(2))
+    assert torch.equal(before, model.embed.weight), "no gate, but no step either"
+    reasons = {u.name: u.reason for u in session.plan.units if not u.gated}
+    assert reasons["embed.weight"] == "no gradient of it was found in any captured graph"
+
+
+# ---- leaving torch as it was, and bad luck
+
+
+@pytest.mark.parametrize("executor", ["interpreter", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_global_configuration_is_left_as_it_was(executor):
+    with unchanged_configuration():
+        model, _ = optimized(Tiny(depth=1), executor=executor)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
+        slimfit_fx.restore(model)
+
+
+def test_scheduling_draws_no_random_numbers():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model, session = optimized(Tiny(dropout=0.0), scheduler="random")
+    torch.manual_seed(5)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("broken", ["insert_codecs", "insert_gates", "split_joint", "tag_liveness"])
+def test_a_pass_that_fails_costs_memory_only(monkeypatch, broken):
+    from slimfit_fx.passes import pipeline
+
+    def fail(*_: Any, **__: Any) -> int:
+        raise RuntimeError("no luck today")
+
+    monkeypatch.setattr(pipeline, broken, fail)
+    model, session, compiled, reference = pair(strict=False)
+    with pytest.warns(RuntimeWarning, match="no luck today"):
+        loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert any("no luck today" in note for note in session.plan.notes)
+    with pytest.raises(Exception, match="no luck today"):
+        strict, _ = optimized(Tiny())
+        strict(*tokens())
+
+
+def test_a_lowering_that_fails_costs_speed_only(monkeypatch):
+    from slimfit_fx.capture import backend
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(backend, "lower_with_interpreter", fail)
+    model, session = optimized(Tiny(dropout=0.0), strict=False, scheduler="none")
+    session.freeze("blocks.*")
+    plain = Tiny(dropout=0.0)
+    with pytest.warns(RuntimeWarning, match="no compiler today"):
+        loss, grads = step(model, model, tokens())
+    _, expected = step(plain, plain, tokens())
+    assert {n for n, g in grads.items() if g is None} == session.gates.closed
+    for name in grads.keys() - session.gates.closed:
+        torch.testing.assert_close(grads[name], expected[name])
+
+
+def test_a_forward_that_cannot_be_captured_trains_uncompressed():
+    model = Broken(dropout=0.0)
+    slimfit_fx.optimize(model, executor="interpreter")
+    with torch._dynamo.error_on_graph_break(True), pytest.warns(RuntimeWarning, match="cannot be captured and trains"):
+        loss, grads = step(model, model, tokens())
+    plain = Broken(dropout=0.0)
+    expected_loss, expected = step(plain, plain, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads) == []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {n: model.get_parameter(n).detach().clone() for n in slimfit_fx.session(model).gates.closed}
+    train(model, optimizer, range(1))
+    assert before and all(torch.equal(before[n], model.get_parameter(n)) for n in before)
+    strict, _ = optimized(Broken())
+    with torch._dynamo.error_on_graph_break(True), pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        strict(*tokens())
+
+
+def test_ghosts_are_dropped_with_their_graph():
+    model, session, *_ = pair(closed=("*",))
+    losses = [model(*tokens(number)) for number in range(3)]
+    del losses
+    loss, _ = step(model, model, tokens())
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("pattern", range(6))
+def test_any_pattern_of_gates_in_nan_mode(pattern):
+    model, session, compiled, reference = pair(debug=True, closed=())
+    names = session.gates.names
+    session.freeze([n for i, n in enumerate(names) if i % (pattern + 2) == 0])
+    (loss, grads), (expected_loss, expected) = step(model, model, tokens()), step(compiled, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+
+
+def test_flipping_never_compiles():
+    model, session = optimized(Tiny(), scheduler="none", preset="exact")
+    expected = step(model, model, tokens())[1]
+    expected = {n: g.clone() for n, g in expected.items()}
+    for name, other in itertools.pairwise(session.gates.names):
+        session.unfreeze()
+        session.freeze([name, other])
+        assert differences(expected, step(model, model, tokens())[1], closed={name, other}) == []
+    assert (session.compiles, session.recompiles) == (1, 0)
