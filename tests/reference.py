@@ -138,5 +138,10 @@ def _configuration() -> dict[str, Any]:
         "anomaly": torch.is_anomaly_enabled(),
     }
     for module in (dynamo, functorch, inductor):
-        found |= {f"{module.__name__}.{key}": repr(value) for key, value in module.get_config_copy().items()}
+        found |= {f"{module.__name__}.{key}": _text(value) for key, value in module.get_config_copy().items()}
     return found
+
+
+def _text(value: Any) -> str:
+    """Like ``repr``, but two equal sets read the same: a copied one may list its members in another order."""
+    return repr(sorted(value, key=repr)) if isinstance(value, (set, frozenset)) else repr(value)
