@@ -61,6 +61,37 @@ def test_frozen_count_is_exact_in_every_step(name, n, rate, seed):
     assert all(n - len(names) == int(rate * n) for names in run(scheduler, 5))
 
 
+@given(
+    sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=40),
+    rate=st.sampled_from([0.5, 0.75, 0.9]),
+    seed=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=60)
+def test_ils_first_visits_are_levelled(sizes, rate, seed):
+    """The largest unit, if it outweighs all others together, is first visited with the smallest ones."""
+    scheduler = make_scheduler("ils")
+    known = [UnitInfo(f"u{i}", size, 4 * size) for i, size in enumerate([*sizes, 10 * sum(sizes)])]
+    scheduler.start(known, freeze_rate=rate, seed=seed)
+    bytes_of = {unit.name: unit.grad_bytes for unit in known}
+    whole_steps = len(known) // scheduler.open_count
+    for names in run(scheduler, whole_steps):
+        if known[-1].name in names:
+            company = sorted(bytes_of[name] for name in names)[:-1]
+            assert company == sorted(bytes_of.values())[: scheduler.open_count - 1]
+            break
+    else:
+        assert len(known) % scheduler.open_count, "it is visited in the last step, which has places left"
+
+
+def test_ils_first_visits_of_a_transformer_cost_about_the_same():
+    sizes = ([2_359_296] * 4 + [9_437_184] * 2 + [3072] * 2) * 12
+    known = [UnitInfo(f"u{i}", size // 4, size) for i, size in enumerate(sizes)]
+    scheduler = make_scheduler("ils")
+    scheduler.start(known, freeze_rate=0.9, seed=0)
+    loads = [sum(known[int(name[1:])].grad_bytes for name in names) for names in run(scheduler, 9)]
+    assert max(loads) < 1.3 * sum(loads) / len(loads)
+
+
 @pytest.mark.parametrize("name", ["ils", "round_robin"])
 @given(n=counts, rate=rates, seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=50)

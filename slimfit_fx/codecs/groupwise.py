@@ -89,11 +89,6 @@ class _Groupwise(Codec):
     def keeps_nonfinite(self) -> bool:
         return True
 
-    @property
-    @override
-    def random(self) -> bool:
-        return self.stochastic
-
     @override
     def refuses(self, spec: ValueSpec) -> str | None:
         return refuse_dtype(spec, _DTYPES) or refuse_shape(spec)
@@ -107,8 +102,8 @@ class _Groupwise(Codec):
         return group_layout(inner, 8 // self.bits)
 
     def _round(self, x: Tensor) -> Tensor:
-        """To the nearest integer, or to one of the two at random; then never above the ceiling of an exact integer."""
-        return torch.floor(x * (1 - 2.0**-15) + torch.rand_like(x)) if self.stochastic else torch.round(x)
+        """To the nearest integer, or to one of the two by chance; then never above the ceiling of an exact integer."""
+        return torch.floor(x * (1 - 2.0**-15) + _dither(x)) if self.stochastic else torch.round(x)
 
     def _bound(self, x: Tensor, step: Tensor, largest: Tensor) -> Tensor:
         """Half a step of the code (one if stochastic) and the rounding of fp32 and of the dtype; inf in a lost group.
@@ -126,6 +121,18 @@ class _Groupwise(Codec):
         return bound.expand(*x.shape[:-1], layout.groups, layout.size).flatten(-2)[..., : x.shape[-1]]
 
 
+def _dither(x: Tensor) -> Tensor:
+    """Numbers in [0, 1), uniform and independent of the size of ``x`` (fp32): a hash of its 32 bits.
+
+    Not from a random generator: dropout draws the same numbers with and without the codec, a resumed run rounds as the
+    uninterrupted one, and the graph stays free of random state. 64-bit products do not overflow (multipliers < 2**30).
+    """
+    h = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return ((h ^ (h >> 15)) >> 8).float() * 2.0**-24
+
+
 @dataclass(frozen=True)
 class Int8(_Groupwise):
     """Symmetric 8-bit codes, -126 .. 126, and one scale per group: max|x| / 126 over the finite elements.
@@ -133,8 +140,8 @@ class Int8(_Groupwise):
     The codes 127 and -127 are the infinities. A NaN makes the scale NaN.
 
     Args:
-        stochastic: Round up or down at random, without bias, instead of to the nearest code. ``encode`` then draws
-            ``torch.rand_like``: insert it where the compiler still lowers random ops.
+        stochastic: Round up or down by chance, without bias, instead of to the nearest code. The chance is a hash of
+            the value, so that equal tensors are encoded alike.
     """
 
     stochastic: bool = False
