@@ -128,9 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(tabulate(rows, headers="keys", floatfmt=".4f"))
     if not options.no_save:
         document = {"task": options.task, "batch": options.batch, "batches": options.batches, "rows": rows}
-        print(
-            f"\nwritten: {report.save(f'sensitivity-{options.task}', document, device='cpu', module='bench.sensitivity').name}"
-        )
+        path = report.save(f"sensitivity-{options.task}", document, device="cpu", module="bench.sensitivity")
+        print(f"\nwritten: {path.name}")
     return 0
 
 
