@@ -35,27 +35,28 @@ def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout
     if planning is not None and planning.cut is not None:
         rows += [_recomputed_row(n) for n in planning.recomputed_reads if _is_worth_a_row(n)]
     gated = tuple(sorted({c.gate for c in cones.cones}))
-    missing = tuple((f"gate {g}", _why_missing(cones)) for g in range(len(layout.params)) if g not in gated)
+    missing = tuple((f"gate {g}", _why_missing(cones, g)) for g in range(len(layout.params)) if g not in gated)
     refusals = tuple(cones.refusals) + missing
     if planning is not None and planning.refusal:
         refusals += (("the graph", planning.refusal),)
     return GraphPlan(tuple(rows), refusals, gated)
 
 
-def _why_missing(cones: ConePlan) -> str:
-    return "; ".join(sorted({reason for _, reason in cones.refusals})) or "it receives no gradient in this graph"
+def _why_missing(cones: ConePlan, gate: int) -> str:
+    return "; ".join(sorted(set(cones.ungated.get(gate, ())))) or "it receives no gradient in this graph"
 
 
 def _saved_row(value: fx.Node, parts: list[fx.Node]) -> PlanRow:
     decision = value.meta.get(DECISION)
-    gates = parts[0].meta.get(GATES, frozenset())
+    gates = frozenset().union(*(p.meta.get(GATES, frozenset()) for p in parts))
     size = nbytes(value)
     stored = sum(nbytes(p) for p in parts)
+    closed = sum(nbytes(p) for p in parts if GATES not in p.meta)
     codec = decision.codec if decision is not None and any(ENCODED in p.meta for p in parts) else None
     action = "keep" if codec is None else "codec"
     if value.op == "placeholder":
         kind, reason = ("gate" if "slimfit_gate" in value.meta else "input"), "an input or parameter: alive anyway"
-        size = stored = 0
+        size = stored = closed = 0
     else:
         kind = decision.kind if decision else "other"
         reason = decision.reason if decision else "chosen by torch's partitioner"
@@ -74,7 +75,7 @@ def _saved_row(value: fx.Node, parts: list[fx.Node]) -> PlanRow:
         reason=reason,
         bytes_before=size,
         bytes_open=stored,
-        bytes_closed=0 if gates else stored,
+        bytes_closed=closed,
     )
 
 

@@ -47,12 +47,18 @@ class ConePlan:
     """What to do to a pair of graphs.
 
     ``cones`` to build; ``stashes``: saved placeholder -> gates that need it; ``refusals``: (what, why it stays in the
-    main graph).
+    main graph); ``ungated``: gate -> why a gradient of it is in no cone.
     """
 
     cones: list[Cone] = field(default_factory=list)
     stashes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     refusals: list[tuple[str, str]] = field(default_factory=list)
+    ungated: dict[int, list[str]] = field(default_factory=dict)
+
+    def refuse_root(self, root: fx.Node, gate: int, reason: str) -> None:
+        """Note why the gradient ``root`` of ``gate`` is computed in any case."""
+        self.refusals.append((root.name, reason))
+        self.ungated.setdefault(gate, []).append(reason)
 
 
 def find_cones(backward: fx.Graph, gates: Sequence[int], saved: Sequence[fx.Node], *, min_bytes: int) -> ConePlan:
@@ -69,9 +75,8 @@ def find_cones(backward: fx.Graph, gates: Sequence[int], saved: Sequence[fx.Node
         if _is_worth_a_branch(members, root):
             plan.cones.append(Cone(index, gates[index], root, members, _operands(members)))
         else:
-            plan.refusals.append(
-                (root.name, "its gradient costs nothing of its own: only views of values that are needed anyway")
-            )
+            reason = "its gradient costs nothing of its own: only views of values that are needed anyway"
+            plan.refuse_root(root, gates[index], reason)
     _plan_stashes(plan, backward, saved, min_bytes)
     return plan
 
@@ -86,7 +91,7 @@ def _cone_roots(outputs: Sequence[fx.Node | None], gates: Sequence[int], plan: C
         if reason is None:
             roots[index] = node
         else:
-            plan.refusals.append((node.name, reason))
+            plan.refuse_root(node, gate, reason)
     return roots
 
 
@@ -205,7 +210,8 @@ def _plan_stashes(plan: ConePlan, graph: fx.Graph, saved: Sequence[fx.Node], min
             in_cone.setdefault(node, set()).add(cone.output)
     gone = _nodes_only_in_cones(plan, graph)
     for node in saved:
-        if node in readers and nbytes(node) >= min_bytes and all(u in gone for u in node.users):
+        unread = all(u in gone or ops.reads_shape_only(u) for u in node.users)
+        if node in readers and nbytes(node) >= min_bytes and unread:
             plan.stashes[node] = frozenset(readers[node])
 
 

@@ -42,6 +42,7 @@ class Settings:
     debug: bool
     decompositions: dict[Any, Any]
     disabled: tuple[str, ...] = ()
+    recompute_price: float = 1.0
 
 
 @dataclass
@@ -177,6 +178,7 @@ def _plan(work: Work, settings: Settings) -> int:
         codec_for=settings.codec_for,
         freeze_rate=settings.freeze_rate,
         min_bytes=settings.min_bytes,
+        recompute_price=settings.recompute_price,
     )
     work.planning = planner.plan()
     return tag_cut(work.joint.module, work.planning)

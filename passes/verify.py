@@ -89,11 +89,26 @@ def rule_seam_agrees(seam: Seam) -> Iterator[str]:
             yield f"saved value {value.name} differs from its placeholder in shape, strides, dtype or device"
 
 
+def rule_seam_keeps_its_order(seam: Seam) -> Iterator[str]:
+    """Saved values arrive in the order in which forward returns them: AOTAutograd hands them over by position."""
+    inputs = [n for n in seam.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    arriving = [str(n.target) for n in inputs if not ops.is_symbol(n)]
+    expected = seam.saved_names()
+    if set(expected) - set(arriving):
+        return  # of which rule_seam_agrees speaks
+    if len(arriving) != len(expected):
+        yield f"forward saves {len(expected)} tensors, backward takes {len(arriving)}"
+    for index, (want, have) in enumerate(zip(expected, arriving, strict=False)):
+        if want != have:
+            yield f"saved value {index} is {want} in forward and arrives as {have}"
+            return
+
+
 def rule_random_runs_once(seam: Seam) -> Iterator[str]:
     """No random operator of the forward graph runs again in backward: it would draw other numbers."""
-    drawn = {n.name for n in seam.forward.graph.nodes if ops.is_random(n) and ops.op_name(n) == "inductor_random"}
+    drawn = {n.name for n in seam.forward.graph.nodes if ops.is_random(n)}
     for node in seam.backward.graph.nodes:
-        if node.name in drawn:
+        if node.name in drawn and ops.is_random(node):
             yield f"random operator {node.name} runs in forward and again in backward"
 
 
@@ -112,9 +127,9 @@ def rule_codec_spares_user_values(seam: Seam) -> Iterator[str]:
 def rule_encoded_once(seam: Seam) -> Iterator[str]:
     """No part of an encoded value is saved twice."""
     seen: set[object] = set()
-    for value, _ in seam.saved():
+    for value, _ in _saved(seam):
         mark = value.meta.get(ENCODED)
-        if mark is not None and value.target is not STASH and mark in seen:
+        if mark is not None and mark in seen:
             yield f"part {mark} is saved twice"
         seen.add(mark)
 
@@ -130,18 +145,24 @@ def rule_ghosts_reach_only_their_cones(seam: Seam) -> Iterator[str]:
 
 
 def rule_stash_outputs_are_only_saved(seam: Seam) -> Iterator[str]:
-    """A stash is saved for backward and read by nothing in forward; its tag names the gates it looks at."""
+    """A stash is saved for backward and read by nothing in forward; tags on both sides name the gates it looks at."""
     user = set(seam.user_outputs())
-    saved = {v for v, _ in seam.saved()}
+    saved = dict(_saved(seam))
     for node in seam.forward.graph.nodes:
         if node.op == "call_function" and node.target is STASH:
             if node in user:
                 yield f"stash {node.name} is returned to the user"
-            if node not in saved or any(u.op != "output" for u in node.users):
+            if node not in saved:
+                yield f"stash {node.name} is not saved"
+            if any(u.op != "output" for u in node.users):
                 yield f"stash {node.name} is read in forward"
             gates = frozenset(g.meta.get(GATE) for g in node.args[1])
             if gates != node.meta.get(GATES):
                 yield f"stash {node.name} is gated by {sorted(map(str, gates))} but tagged {node.meta.get(GATES)}"
+    for value, placeholder in saved.items():
+        made = value.meta.get(GATES) if value.target is STASH else None
+        if placeholder.meta.get(GATES) != made:
+            yield f"saved value {value.name} is gated by {made} but arrives tagged {placeholder.meta.get(GATES)}"
 
 
 def rule_branches_are_closed(seam: Seam) -> Iterator[str]:
@@ -165,6 +186,8 @@ def rule_branches_are_closed(seam: Seam) -> Iterator[str]:
 
 def _readers_gated_by(node: fx.Node, gates: frozenset[int]) -> Iterator[str]:
     for user in node.users:
+        if ops.reads_shape_only(user):
+            continue
         if user.op == "output":
             yield f"ghost {node.name} leaves the backward graph"
         elif user.target is RELEASE:
@@ -191,6 +214,14 @@ def _result_escapes(call: fx.Node) -> Iterator[str]:
                 yield f"gradient {element.name} of a gated unit is read by another node: {escaped[0]}"
 
 
+def _saved(seam: Seam) -> list[tuple[fx.Node, fx.Node]]:
+    """The saved pairs; none if a placeholder is missing, of which ``rule_seam_agrees`` speaks."""
+    try:
+        return seam.saved()
+    except KeyError:
+        return []
+
+
 def _lint(name: str, graph: fx.Graph) -> Iterator[str]:
     try:
         graph.lint()
@@ -205,7 +236,7 @@ JOINT_RULES: tuple[JointRule, ...] = (
     rule_gates_are_bool_inputs,
     rule_every_gradient_has_a_gate_or_is_static,
 )
-_SPLIT: tuple[SeamRule, ...] = (rule_graphs_lint, rule_seam_agrees, rule_random_runs_once)
+_SPLIT: tuple[SeamRule, ...] = (rule_graphs_lint, rule_seam_agrees, rule_seam_keeps_its_order, rule_random_runs_once)
 _COMPRESSED = (*_SPLIT, rule_codec_spares_user_values, rule_encoded_once)
 SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
     "split": _SPLIT,

@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ from slimfit_fx.capture.off_meta import off_meta
 from slimfit_fx.capture.partitioner import PlanReady
 from slimfit_fx.config import Config
 from slimfit_fx.passes.pipeline import pass_names
+from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
 from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.schedule import UnitInfo, make_scheduler
 from slimfit_fx.session import Session, build_plan
 from slimfit_fx.units import FoundUnits, find_units
 
+E = TypeVar("E", bound=BaseException)
 log = logging.getLogger("slimfit_fx")
 _CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """Whether models of one class can have compile caches of their own; else dynamo gives up on the ninth of a process."""
@@ -84,13 +87,15 @@ def plan(
     freeze_rate: float = 0.9,
     units: Any = None,
     codecs: Any = None,
+    peak: bool = False,
     **kwargs: Any,
 ) -> MemoryPlan:
     """The memory plan of one training step on these inputs, without running it.
 
     The model is captured on fake tensors and partitioned; nothing is compiled, trained or allocated but the inputs
     given. ``args`` and ``kwargs`` are what the model's forward takes; settings as in ``optimize`` (or all in
-    ``config``).
+    ``config``). With ``peak`` the plan also tells the physical peak of the step: Inductor then writes its code, which
+    takes about half the time of a compile, but compiles no kernel.
 
     Raises:
         ValueError: bad settings, nothing freezable, or a model that cannot be captured (the reason is in the message).
@@ -101,9 +106,11 @@ def plan(
     with off_meta(model, args, kwargs) as (real, args, kwargs):
         by_name = dict(real.named_parameters(remove_duplicate=False))
         gates = GateTable({u.name: [by_name[u.name]] for u in found})
-        backend = SlimFitBackend(chosen, gates, "inductor", plan_only=True)
+        backend = SlimFitBackend(chosen, gates, "inductor", plan_only=True, with_peak=peak)
         _capture_only(real, backend, args, kwargs)
-    return build_plan(model, chosen, found, backend.graphs, None)
+    scheduler = make_scheduler(chosen.scheduler)
+    scheduler.start([UnitInfo(u.name, u.numel, u.bytes) for u in found], freeze_rate=chosen.freeze_rate, seed=0)
+    return build_plan(model, chosen, found, backend.graphs, None, open_count=scheduler.open_count)
 
 
 def _capture_only(model: nn.Module, backend: SlimFitBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,19 +120,21 @@ def _capture_only(model: nn.Module, backend: SlimFitBackend, args: tuple[Any, ..
         with torch.enable_grad():
             torch.compile(_traceable(model), backend=backend)(*args, **kwargs)
     except Exception as error:
-        if not _is_plan_ready(error):
+        if caused_by(error, PlanReady) is None:
             raise ValueError(f"this model cannot be captured: {type(error).__name__}: {error}") from error
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _is_plan_ready(error: BaseException | None) -> bool:
+def caused_by(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first exception of this kind among ``error`` and its causes, as dynamo wraps them; or None."""
     while error is not None:
-        if isinstance(error, PlanReady) or isinstance(getattr(error, "inner_exception", None), PlanReady):
-            return True
+        for candidate in (error, getattr(error, "inner_exception", None)):
+            if isinstance(candidate, kind):
+                return candidate
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _checked(
@@ -160,6 +169,8 @@ def _executor(model: nn.Module, config: Config) -> str:
     missing = has_compiler(next(model.parameters()).device)
     if missing is None:
         return "inductor"
+    if config.memory_budget is not None:
+        raise ValueError(f"memory_budget needs executor 'inductor', whose code tells the peak, but here is {missing}")
     warnings.warn(
         f"slimfit_fx: {missing}; the interpreter is used: same memory plan, slower steps", RuntimeWarning, stacklevel=3
     )
@@ -216,6 +227,9 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
             _warn_if_nothing_captured(current)
             return result
         except torch._dynamo.exc.TorchDynamoException as error:
+            over = caused_by(error, MemoryBudgetError)
+            if over is not None:
+                raise over from None
             if current.config.strict or training is not compiled:
                 raise
             warnings.warn(

@@ -97,6 +97,11 @@ class Config:
     """Names of passes to skip."""
     min_bytes: int = 4096
     """Saved values smaller than this are kept as they are."""
+    memory_budget: int | float | str | None = None
+    """Upper bound on all that a training step holds on the device: bytes, ``"6GiB"``, or a share of the device's memory
+    in (0, 1]. The least lossy plan that fits is taken, up to ``preset``; if none fits, the first step raises."""
+    recompute_price: float = 1.0
+    """How dear it is to compute a value again, against the bytes of saving it; a lower price saves less."""
 
     def __post_init__(self) -> None:
         """Normalise the fields, then check every one of them."""
@@ -151,6 +156,7 @@ class Config:
             "debug": self.debug,
             "disabled_passes": sorted(set(self.disabled_passes)),
             "freeze_rate": round(self.freeze_rate, 4),
+            "recompute_price": self.recompute_price,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -259,6 +265,34 @@ def _check_disabled_passes(config: Config) -> Iterable[str]:
         yield _WrongType(f"disabled_passes must be a tuple of pass names, got {names!r}")
 
 
+def _check_budget(config: Config) -> Iterable[str]:
+    budget = config.memory_budget
+    if budget is None:
+        return
+    legal = "bytes, a size such as '6GiB' or a share of the device's memory in (0, 1]"
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        yield _WrongType(f"memory_budget must be {legal}, got {budget!r}")
+    elif isinstance(budget, str):
+        from slimfit_fx.planning.budget import parse_bytes
+
+        try:
+            parse_bytes(budget)
+        except ValueError as error:
+            yield f"memory_budget must be {legal}: {error}"
+    elif not budget > 0 or (isinstance(budget, float) and budget > 1 and not budget.is_integer()):
+        yield f"memory_budget must be {legal}, got {budget!r}"
+    if config.executor == "interpreter":
+        yield "memory_budget needs executor 'inductor', got 'interpreter': its peak is read off the compiled code"
+
+
+def _check_price(config: Config) -> Iterable[str]:
+    price = config.recompute_price
+    if isinstance(price, bool) or not isinstance(price, numbers.Real):
+        yield _WrongType(f"recompute_price must be a number > 0, got {price!r}")
+    elif not 0 < price < float("inf"):
+        yield f"recompute_price must be a finite number > 0, got {price!r}"
+
+
 _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_preset,
     _check_freeze_rate,
@@ -269,4 +303,6 @@ _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_flags,
     _check_integers,
     _check_disabled_passes,
+    _check_budget,
+    _check_price,
 )

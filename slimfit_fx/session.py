@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from slimfit_fx.capture.backend import CapturedGraph, SlimFitBackend
+from slimfit_fx._suggest import did_you_mean
+from slimfit_fx.capture.backend import CapturedGraph, SlimFitBackend, step_trace
 from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
+from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
@@ -42,7 +46,7 @@ class Session:
         self._model = weakref.ref(model)
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
-        self._backend = SlimFitBackend(config, self._tracker.gates, executor)
+        self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=self._budget(model))
         self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
 
     @property
@@ -87,7 +91,59 @@ class Session:
             raise RuntimeError(
                 "no graph was captured yet: run one training step first, or call slimfit_fx.plan(model, *inputs)"
             )
-        return build_plan(model, self.config, self._units, self._backend.graphs, self._hooks.state_bytes())
+        return build_plan(
+            model,
+            self.config,
+            self._units,
+            self._backend.graphs,
+            self._hooks.state_bytes(),
+            open_count=self._open_count(),
+        )
+
+    def predict_peak(self, open_units: Iterable[str] | None = None) -> StepPeak:
+        """The memory of a step with these units open (default: those open now), without running it.
+
+        Timeline, peak, and who is alive at the peak, in bytes above what is there before the step (parameters,
+        optimizer state, the batch); read off the compiled code.
+
+        Raises:
+            RuntimeError: not known: nothing was compiled yet, or not by Inductor (the reason is in the message).
+            ValueError: a name that is no unit with a gate.
+        """
+        traced = step_trace(latest_graphs(self._backend.graphs))
+        if isinstance(traced, str):
+            raise RuntimeError(f"the peak of a step is not known: {traced}")
+        trace, names = traced
+        wanted = self.gates.open if open_units is None else frozenset(open_units)
+        unknown_names = sorted(wanted - frozenset(self.gates.names))
+        if unknown_names:
+            raise ValueError(
+                "; ".join(f"{name!r} is no unit{did_you_mean(name, self.gates.names)}" for name in unknown_names)
+            )
+        return trace.peak([k for k, name in enumerate(names) if name in wanted])
+
+    def _budget(self, model: nn.Module) -> Budget | None:
+        if self.config.memory_budget is None:
+            return None
+        device = next(model.parameters()).device
+        return Budget(budget_bytes(self.config.memory_budget, device), self._open_count(), self._fixed_bytes)
+
+    def _fixed_bytes(self) -> FixedBytes:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return fixed_bytes(
+            model,
+            [unit.bytes for unit in self._units],
+            self._open_count(),
+            optimizer_state=max(self._hooks.state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable),
+            copies=self.scheduler.needs_distances,
+        )
+
+    def _open_count(self) -> int:
+        """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
+        by_rate = self.config.scheduler in ("ils", "none", "random", "round_robin")
+        return self.scheduler.open_count if by_rate else len(self._units)
 
     def before_forward(self) -> None:
         """Called by the engine before each training forward."""
@@ -135,6 +191,11 @@ class Session:
         )
 
 
+def latest_graphs(graphs: Sequence[CapturedGraph]) -> list[CapturedGraph]:
+    """The graphs in use: a recompile replaces the graph that it recompiled."""
+    return list({g.unit_names or index: g for index, g in enumerate(graphs)}.values())
+
+
 def _unseen(graph: CapturedGraph) -> GraphPlan:
     """What stands in for the plan of a graph that came from a compile cache: it was never partitioned here."""
     reason = "not known: its graph came from a compile cache; slimfit_fx.plan(model, *inputs) works it out"
@@ -147,12 +208,15 @@ def build_plan(
     units: Sequence[GateUnit],
     graphs: Sequence[CapturedGraph],
     optimizer_bytes: int | None,
+    *,
+    open_count: int,
 ) -> MemoryPlan:
-    """Merge the plans of a model's graphs into one; a recompile replaces the graph that it recompiled."""
-    latest = {g.unit_names or index: g for index, g in enumerate(graphs)}
-    chosen = list(latest.values())
+    """Merge the plans of a model's graphs into one, with the peak of a step in which ``open_count`` units train."""
+    chosen = latest_graphs(graphs)
+    traced = step_trace(chosen)
+    known = {"peak_unknown": traced} if isinstance(traced, str) else {"peak": forecast(*traced, open_count)}
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return merge_plans(
+    merged = merge_plans(
         [g.plan or _unseen(g) for g in chosen],
         [g.unit_names for g in chosen],
         [(u.name, u.numel, u.bytes) for u in units],
@@ -161,3 +225,9 @@ def build_plan(
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         optimizer_bytes=ADAMW_STATE_PER_BYTE * trainable if optimizer_bytes is None else optimizer_bytes,
     )
+    fitted = [
+        f"graph {i}: preset {g.chosen.preset} was chosen to fit memory_budget={config.memory_budget!r}"
+        for i, g in enumerate(chosen)
+        if g.chosen is not None
+    ]
+    return dataclasses.replace(merged, notes=(*merged.notes, *fitted), **known)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 import weakref
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimfit_fx.capture.lower import add_gate_inputs, lower_with_inductor, lower_with_interpreter
-from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner
+from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, PlanReady
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
+from slimfit_fx.planning.budget import Budget, Judged, MemoryBudgetError, candidates, explain, judge
+from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
+from slimfit_fx.planning.peak import StepTrace, join
 from slimfit_fx.planning.rows import GraphPlan
-from slimfit_fx.planning.store import load_plan, plan_key, save_plan
+from slimfit_fx.planning.store import load_plan, load_trace, plan_key, save_plan, save_trace
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.grad_gate import gate_gradients
 
@@ -31,6 +35,44 @@ class CapturedGraph:
     unit_names: tuple[str, ...]
     is_recompile: bool
     plan: GraphPlan | None = None
+    num_inputs: int = 0
+    key: str = ""
+    codes: list[GeneratedCode] = field(default_factory=list, repr=False)
+    """What Inductor wrote for it: forward, backward."""
+    chosen: Config | None = None
+    """The settings that a budget led to, if there is one."""
+    _trace: StepTrace | None = field(default=None, repr=False)
+
+    def trace(self) -> StepTrace | str:
+        """All memory events of a step through this graph, or why they are not known."""
+        if self._trace is None:
+            self._trace = self._dry_run() if len(self.codes) == 2 else load_trace(self.key)
+        if self._trace is not None:
+            return self._trace
+        return "no compiled backward of it was seen: run one training step with executor inductor"
+
+    def _dry_run(self) -> StepTrace | None:
+        forward, backward = self.codes
+        try:
+            trace = trace_step(forward, backward, first_gate=self.num_inputs, num_gates=len(self.unit_names))
+        except Exception:  # for display only: what Inductor wrote may hold anything
+            log.warning("the memory of a compiled graph could not be followed", exc_info=True)
+            return None
+        self.codes.clear()
+        save_trace(self.key, trace)
+        return trace
+
+
+def step_trace(graphs: Sequence[CapturedGraph]) -> tuple[StepTrace, tuple[str, ...]] | str:
+    """The memory events of a step through all ``graphs`` and the names of its gates, or why they are not known."""
+    training = [graph for graph in graphs if graph.unit_names]
+    traces = [graph.trace() for graph in training]
+    unknown = [trace for trace in traces if isinstance(trace, str)]
+    if unknown or not traces:
+        return unknown[0] if unknown else "no graph with a gate was captured"
+    names = tuple(dict.fromkeys(name for graph in training for name in graph.unit_names))
+    numbers = [[names.index(name) for name in graph.unit_names] for graph in training]
+    return join([trace for trace in traces if not isinstance(trace, str)], numbers), names
 
 
 @dataclass(eq=False, repr=False)
@@ -45,6 +87,11 @@ class SlimFitBackend:
     executor: str
     graphs: list[CapturedGraph] = field(default_factory=list)
     plan_only: bool = False
+    """Stop when the plan is known, with ``PlanReady``; nothing is compiled."""
+    with_peak: bool = False
+    """With ``plan_only``: let Inductor write its code, too, so that the physical peak is known."""
+    budget: Budget | None = None
+    """What the steps of the model may take."""
     _frames: set[int] = field(default_factory=set)
 
     def __post_init__(self, gates: GateTable) -> None:
@@ -57,16 +104,22 @@ class SlimFitBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph; dynamo calls this once per graph and once more per recompile."""
         layout, units = gate_layout(example_inputs, self._gates())
-        captured = CapturedGraph(units, self._seen_before(_frame_id()))
+        captured = CapturedGraph(units, self._seen_before(_frame_id()), num_inputs=layout.num_inputs)
         self.graphs.append(captured)
         if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
             captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
             return self._lower_plain(gm, example_inputs)
         sink: list[GraphPlan] = []
-        key = plan_key(gm.graph, example_inputs, str(GatedPartitioner(self.config, layout).uuid()))
         token = PLAN_SINK.set(sink)
         try:
-            return self._lower(gm, example_inputs, layout)
+            config = (
+                self.config if self.budget is None else self._fit(gm, example_inputs, layout, captured, self.budget)
+            )
+            partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak)
+            captured.key = plan_key(gm.graph, example_inputs, str(partitioner.uuid()))
+            return self._lower(gm, example_inputs, partitioner, captured.codes)
+        except MemoryBudgetError:
+            raise
         except torch._dynamo.exc.RestartAnalysis:  # dynamo captures this function again, having learned something
             self._forget(captured)
             raise
@@ -85,9 +138,9 @@ class SlimFitBackend:
             return bind_gates(lambda *args: gm.forward(*args[: layout.num_inputs]), layout, self._gates())
         finally:
             PLAN_SINK.reset(token)
-            captured.plan = sink[-1] if sink else load_plan(key)
+            captured.plan = sink[-1] if sink else load_plan(captured.key)
             if sink and not sink[-1].fallback:
-                save_plan(key, sink[-1])
+                save_plan(captured.key, sink[-1])
 
     def _gates(self) -> GateTable:
         table = self._table()
@@ -108,13 +161,54 @@ class SlimFitBackend:
         if frame is not None and not captured.is_recompile:
             self._frames.discard(frame)
 
-    def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any], layout: GateLayout) -> Callable[..., Any]:
-        partitioner = GatedPartitioner(self.config, layout, self.plan_only)
+    def _lower(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        partitioner: GatedPartitioner,
+        codes: list[GeneratedCode],
+        *,
+        dry: bool = False,
+    ) -> Callable[..., Any]:
+        layout = partitioner.layout
         extended = add_gate_inputs(gm, len(layout.params))
-        gates = [torch.tensor(True) for _ in layout.params]
-        lower = lower_with_inductor if self.executor == "inductor" else lower_with_interpreter
-        compiled = lower(extended, [*example_inputs, *gates], partitioner)
+        inputs = [*example_inputs, *(torch.tensor(True) for _ in layout.params)]
+        if self.executor != "inductor":
+            compiled = lower_with_interpreter(extended, inputs, partitioner)
+        else:
+            compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only)
+            if self.plan_only:
+                raise PlanReady
         return bind_gates(compiled, layout, self._gates())
+
+    def _fit(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        layout: GateLayout,
+        captured: CapturedGraph,
+        budget: Budget,
+    ) -> Config:
+        """The first candidate whose physical peak fits; nothing is compiled or allocated to find out.
+
+        Raises:
+            MemoryBudgetError: none does.
+        """
+        earlier = [graph for graph in self.graphs if graph is not captured and graph.unit_names != captured.unit_names]
+        judged: list[Judged] = []
+        for config in candidates(self.config):
+            attempt = dataclasses.replace(captured, codes=[], key="", _trace=None)
+            self._lower(gm, example_inputs, GatedPartitioner(config, layout), attempt.codes, dry=True)
+            traced = step_trace([*earlier, attempt])
+            if isinstance(traced, str):
+                raise MemoryBudgetError(f"memory_budget cannot be promised: {traced}")
+            judged.append(judge(config, traced[0], budget.fixed(), budget.open_count))
+            log.info("budget: preset %s takes %d bytes", config.preset, judged[-1].total_bytes)
+            if judged[-1].total_bytes <= budget.limit:
+                captured.chosen = config
+                return config
+        batch = next((int(v.shape[0]) for v in example_inputs if _is_data(v)), None)
+        raise MemoryBudgetError(explain(budget.limit, judged, traced[0], budget.fixed(), budget.open_count, batch))
 
     def _lower_plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.executor != "inductor" or self.plan_only:
@@ -155,6 +249,10 @@ def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTabl
         return compiled(*inputs, *values)
 
     return run
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() > 0
 
 
 def _ghosts_would_be_read() -> bool:

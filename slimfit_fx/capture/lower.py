@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
 from slimfit_fx.capture.partitioner import GatedPartitioner
+from slimfit_fx.planning.dry_run import GeneratedCode
 
 Compiled = Callable[..., Any]
 
@@ -37,8 +41,20 @@ def add_gate_inputs(gm: fx.GraphModule, count: int) -> fx.GraphModule:
     return extended
 
 
-def lower_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], partitioner: GatedPartitioner) -> Compiled:
-    """Compile through Inductor; its joint passes, random-number handling and caches stay in force."""
+def lower_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    partitioner: GatedPartitioner,
+    codes: list[GeneratedCode],
+    *,
+    dry: bool = False,
+) -> Compiled:
+    """Compile through Inductor; its joint passes, random-number handling and caches stay in force.
+
+    ``codes`` receives what Inductor writes: forward, then backward (later, if sizes are symbolic; never, if the graph
+    comes from AOTAutograd's cache). ``dry``: write the code but load and compile none of it; the result cannot be
+    called.
+    """
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
@@ -52,18 +68,56 @@ def lower_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], partitioner: 
         patches["reorder_for_peak_memory"] = False
     if not can_correct_estimate():
         patches["allow_buffer_reuse"] = False
-    # with donated buffers Inductor would reuse the storage of a ghost
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_compile_inner, config_patches=patches)
+    functorch: dict[str, Any] = {"donated_buffer": False}  # Inductor would reuse the storage of a ghost
+    if dry:
+        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+        functorch |= {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    with torch._functorch.config.patch(functorch):
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile(codes, dry), config_patches=patches)
         return compiled
 
 
-def _compile_inner(*args: Any, **kwargs: Any) -> Any:
+def _inner_compile(codes: list[GeneratedCode], dry: bool) -> Callable[..., Any]:
     """Inductor's inner compile of one graph, forward or backward; a backward may be compiled long after its forward."""
-    from torch._inductor.compile_fx import compile_fx_inner
 
-    with gradients_weigh_nothing():
-        return compile_fx_inner(*args, **kwargs)
+    def compile_inner(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        graph = copy_placeholders(module.graph)
+        with gradients_weigh_nothing(), nothing_loaded() if dry else contextlib.nullcontext():
+            compiled = compile_fx_inner(module, example_inputs, **kwargs)
+        source = getattr(compiled, "source_code", None)
+        if source:
+            codes.append(GeneratedCode.of(source, graph, example_inputs))
+        return compiled
+
+    return compile_inner
+
+
+def copy_placeholders(graph: fx.Graph) -> fx.Graph:
+    """A graph with the inputs of ``graph`` only: the compiler changes the graph it is given."""
+    copied = fx.Graph()
+    for node in graph.find_nodes(op="placeholder"):
+        copied.placeholder(str(node.target))
+    return copied
+
+
+@contextlib.contextmanager
+def nothing_loaded() -> Iterator[None]:
+    """Inductor writes its code, but neither loads it nor compiles its kernels."""
+    from torch._inductor.codecache import PyCodeCache
+
+    def unloaded(key: str, path: str, *_: Any, **__: Any) -> types.ModuleType:
+        module = types.ModuleType("slimfit_fx_unloaded")
+        module.__file__, module.call = path, _never  # type: ignore[attr-defined]
+        return module
+
+    with mock.patch.object(PyCodeCache, "load_by_key_path", unloaded):
+        yield
+
+
+def _never(*_: Any) -> Any:
+    raise RuntimeError("this graph was compiled for its memory plan only")
 
 
 def lower_with_interpreter(gm: fx.GraphModule, inputs: Sequence[Any], partitioner: GatedPartitioner) -> Compiled:

@@ -58,6 +58,16 @@ class GatedPartitioner(CustomPartitionerFn):
     layout: GateLayout
     plan_only: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Enter cache keys, which pickle Inductor's whole configuration, as the ``uuid`` and nothing else."""
+        return str, (str(self.uuid()),)
+
+    def __copy__(self) -> GatedPartitioner:
+        return self
+
+    def __deepcopy__(self, _: object) -> GatedPartitioner:
+        return self
+
     def uuid(self) -> Any | None:
         """Everything that decides what the partition looks like."""
         if self.plan_only:
@@ -118,6 +128,7 @@ def settings_of(config: Config) -> Settings:
         debug=config.debug,
         decompositions=select_decomp_table(),
         disabled=config.disabled_passes,
+        recompute_price=config.recompute_price,
     )
 
 

@@ -146,6 +146,11 @@ def is_symbol(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether it asks for sizes or strides and reads no element: it may read a ghost."""
+    return op_name(node) in {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset"}
+
+
 def is_cheap(node: fx.Node) -> bool:
     """True for what costs memory traffic only, no matrix product: safe and inexpensive to run a second time."""
     if node.op != "call_function" or is_random(node):

@@ -88,7 +88,11 @@ def _refuse_codec(codec: Codec, spec: ValueSpec, size: int) -> str | None:
 
 
 class Planner:
-    """Plans one joint graph. ``codec_for(kind)`` is the preset's table; ``min_bytes`` leaves small values alone."""
+    """Plans one joint graph.
+
+    ``codec_for(kind)`` is the preset's table; ``min_bytes`` leaves small values alone; ``recompute_price`` multiplies
+    every price of running an operator again.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,9 @@ class Planner:
         codec_for: Callable[[str], Codec | None],
         freeze_rate: float,
         min_bytes: int,
+        recompute_price: float = 1.0,
     ) -> None:
+        self.recompute_price = recompute_price
         self.joint, self.serves_of = joint, serves_of
         self.codec_for, self.freeze_rate, self.min_bytes = codec_for, freeze_rate, min_bytes
         self.backward, self.forward = backward_closure(joint), forward_needs(joint)
@@ -213,11 +219,11 @@ class Planner:
         if ops.is_view(node) or ops.is_creation(node) or ops.is_getitem(node) or ops.is_symbol(node):
             return 0.0
         if ops.is_matrix_product(node):
-            return self._product_price(node)
+            return self.recompute_price * self._product_price(node)
         # a decision that is asked again of a decoded value could be answered otherwise
         if not ops.is_cheap(node) or ops.is_decision(node):
             return math.inf
-        return self._traffic_price(node) * self._chance(node)
+        return self.recompute_price * self._traffic_price(node) * self._chance(node)
 
     def _traffic_price(self, node: fx.Node) -> float:
         size = (

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimfit_fx.planning.peak import PeakForecast
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -111,6 +113,9 @@ class MemoryPlan:
     torch_compile_saved: int | None = None
     refusals: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = field(default=())
+    peak: PeakForecast | None = None
+    """The physical peak of the step, from the compiled code; None if it is not known, see ``peak_unknown``."""
+    peak_unknown: str = ""
 
     def totals(self) -> Totals:
         """Sum the rows. *expected*: each unit open with probability ``1 - freeze_rate``."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 
 log = logging.getLogger("slimfit_fx.planning")
@@ -31,14 +32,7 @@ def plan_key(graph: fx.Graph, inputs: Sequence[Any], partitioner_id: str) -> str
 
 def save_plan(key: str, plan: GraphPlan) -> None:
     """Keep ``plan`` under ``key``; a folder that cannot be written is no error."""
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(plan.to_dict(), file)
-        os.replace(file.name, path)
-    except OSError:
-        log.debug("the plan was not kept", exc_info=True)
+    _save(_path(key), plan.to_dict())
 
 
 def load_plan(key: str) -> GraphPlan | None:
@@ -49,7 +43,30 @@ def load_plan(key: str) -> GraphPlan | None:
         return None
 
 
-def _path(key: str) -> pathlib.Path:
+def save_trace(key: str, trace: StepTrace) -> None:
+    """Keep the memory events of a compiled graph under ``key``; a folder that cannot be written is no error."""
+    _save(_path(f"{key}-trace"), trace.to_dict())
+
+
+def load_trace(key: str) -> StepTrace | None:
+    """Return the memory events kept under ``key``, or None."""
+    try:
+        return StepTrace.from_dict(json.loads(_path(f"{key}-trace").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _save(path: pathlib.Path, data: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(data, file)
+        os.replace(file.name, path)
+    except OSError:
+        log.debug("%s was not kept", path.name, exc_info=True)
+
+
+def _path(name: str) -> pathlib.Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return pathlib.Path(cache_dir()) / "slimfit_fx" / f"{key}.json"
+    return pathlib.Path(cache_dir()) / "slimfit_fx" / f"{name}.json"

@@ -19,12 +19,15 @@ from typing import TypeVar
 
 from tabulate import tabulate
 
+from slimfit_fx.planning.peak import PeakForecast
 from slimfit_fx.planning.rows import MemoryPlan, PlanRow
 
 T = TypeVar("T")
 
 MAX_RECOMPUTED_LINES = 12
 """Lines of recomputed values that are shown; the rest is summed up in one line."""
+MAX_ALIVE_LINES = 12
+"""Lines of what is alive at the peak."""
 _MAX_REASON_NAMES = 4
 
 _LEGEND = (
@@ -32,6 +35,10 @@ _LEGEND = (
     "dynamic: only gradients of gate units need it, so freezing them drops it. static: needed whatever is frozen.",
     "(xN): N values whose places in the model differ by numbers only; their bytes are summed. 1 MB = 10^6 bytes.",
     "expected: each unit open with probability 1 - freeze rate.",
+)
+_PEAK_LEGEND = (
+    "step peak: bytes of the allocator above what is there before the step (parameters, optimizer state, the batch), "
+    "read off the compiled code.",
 )
 
 
@@ -68,7 +75,14 @@ def format_plan(plan: MemoryPlan, html: bool = False) -> str:
     else:
         parts.append(write.lines(["No value is saved between forward and backward."]))
     parts.append(write.table(("totals", "MB", ""), _totals(plan), ("left", "right", "left")))
-    parts += [write.lines(lines) for lines in (_units(plan), _left_alone(plan), plan.notes, _LEGEND) if lines]
+    if plan.peak is not None:
+        parts.append(write.table(("step peak, predicted", "MB", ""), _peak(plan.peak), ("left", "right", "left")))
+        alive = [[what, str(count), _mb(size)] for what, count, size in plan.peak.alive[:MAX_ALIVE_LINES]]
+        parts.append(write.table(("alive at the worst peak", "how many", "MB"), alive, ("left", "right", "right")))
+    elif plan.peak_unknown:
+        parts.append(write.lines([f"Step peak: not known: {plan.peak_unknown}"]))
+    legend = _LEGEND + (_PEAK_LEGEND if plan.peak is not None else ())
+    parts += [write.lines(lines) for lines in (_units(plan), _left_alone(plan), plan.notes, legend) if lines]
     return "\n\n".join(parts)
 
 
@@ -216,6 +230,20 @@ def _totals(plan: MemoryPlan) -> list[list[str]]:
     if t.torch_compile_saved is not None:
         table.append(["plain torch.compile saves", _mb(t.torch_compile_saved), "for the same graphs"])
     return table
+
+
+def _peak(peak: PeakForecast) -> list[list[str]]:
+    worst = fold_names(peak.worst_units)
+    more = f" and {len(worst) - _MAX_REASON_NAMES} more" if len(worst) > _MAX_REASON_NAMES else ""
+    return [
+        ["all units closed", _mb(peak.closed_bytes), ""],
+        [
+            f"worst choice of {peak.open_count} open units",
+            _mb(peak.worst_bytes),
+            ", ".join(worst[:_MAX_REASON_NAMES]) + more,
+        ],
+        ["all units open", _mb(peak.open_bytes), ""],
+    ]
 
 
 def _ratio(theirs: int | None, ours: int) -> str:

@@ -1,0 +1,157 @@
+"""A budget in bytes: which plans are tried, what a step takes in all, and what to say when nothing fits.
+
+The budget bounds everything that the training step holds on the device: parameters, buffers, optimizer state,
+gradients, saved activations and temporaries, for the worst choice of open units that the scheduler may make. Each
+candidate is judged by the physical peak of the code that Inductor writes for it (peak.py). Candidates are tried from
+the least lossy on, and the first that fits is taken: so a smaller budget can never lead to a larger peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from slimfit_fx.config import Config
+from slimfit_fx.planning.peak import StepTrace
+
+_WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
+"""Presets that lose less than the one asked for, the most exact first."""
+_LOW_PRICE = 0.2
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+
+
+class MemoryBudgetError(ValueError):
+    """No plan fits the budget."""
+
+
+@dataclass(frozen=True)
+class FixedBytes:
+    """What is there before a step begins and stays; and what the optimizer's step takes."""
+
+    parameters: int
+    buffers: int
+    optimizer_state: int
+    update: int
+    """Gradients, copies of open weights for the distances and the optimizer's temporaries, while it steps."""
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.parameters + self.buffers + self.optimizer_state
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one model may take: ``limit`` bytes, with ``open_count`` units open in each step."""
+
+    limit: int
+    open_count: int
+    fixed: Callable[[], FixedBytes]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate and what a step with it takes."""
+
+    config: Config
+    step_peak_bytes: int
+    """Upper bound for every choice of open units, above what is there before the step."""
+    total_bytes: int
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``"6GiB"``, ``"500 MB"``, ``"1.5g"``.
+
+    Raises:
+        ValueError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if found is None:
+        raise ValueError(f"not a size in bytes: got {text!r}; write it as '6GiB', '500MB' or a whole number")
+    return int(float(found.group(1)) * _UNITS[found.group(2) or ""])
+
+
+def budget_bytes(budget: int | float | str, device: torch.device) -> int:
+    """The budget in bytes; a share of the device's memory if it is a number in (0, 1]."""
+    if isinstance(budget, str):
+        return parse_bytes(budget)
+    return int(budget * _device_bytes(device)) if isinstance(budget, float) and budget <= 1 else int(budget)
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fixed_bytes(
+    model: nn.Module, unit_bytes: Sequence[int], open_count: int, *, optimizer_state: int, copies: bool
+) -> FixedBytes:
+    """What a model holds beside its steps.
+
+    ``unit_bytes``: gradients of each unit; ``copies``: open weights are remembered while the optimizer steps.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    opened = sum(heapq.nlargest(open_count, unit_bytes))
+    trained = opened + sum(sizes) - sum(unit_bytes)
+    on_gpu = any(p.device.type == "cuda" for p in parameters)
+    temporaries = 2 * trained if on_gpu else 3 * max(sizes, default=0)  # of all at once (foreach), or one by one
+    return FixedBytes(
+        parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
+        buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+        optimizer_state=optimizer_state,
+        update=trained + (opened if copies else 0) + temporaries,
+    )
+
+
+def candidates(config: Config) -> list[Config]:
+    """What is tried under a budget, least lossy first; the last one is the smallest that ``config`` allows."""
+    weaker = [dataclasses.replace(config, preset=name, codecs=None) for name in _WEAKER[config.preset]]
+    return [*weaker, config, dataclasses.replace(config, recompute_price=_LOW_PRICE * config.recompute_price)]
+
+
+def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int) -> Judged:
+    """What a step takes with the plan that ``trace`` was compiled from."""
+    worst, _ = trace.worst(min(open_count, trace.num_gates))
+    return Judged(config, worst, fixed.total + max(worst, fixed.update))
+
+
+def explain(
+    budget: int, judged: Sequence[Judged], trace: StepTrace, fixed: FixedBytes, open_count: int, batch: int | None
+) -> str:
+    """Why nothing fits, the smallest peak that would, and what would bring it down."""
+    best = min(judged, key=lambda j: j.total_bytes)
+    lines = [
+        f"memory_budget: nothing fits into {_gib(budget)}. The smallest step takes {_gib(best.total_bytes)}: "
+        f"{_gib(fixed.parameters + fixed.buffers)} parameters and buffers, {_gib(fixed.optimizer_state)} optimizer "
+        f"state, {_gib(best.step_peak_bytes)} in the step itself (preset {best.config.preset})"
+    ]
+    room = budget - fixed.total
+    if room <= 0:
+        return lines[0] + ": parameters and optimizer state alone do not fit; use a smaller model or optimizer"
+    fewer = next((k for k in range(open_count - 1, 0, -1) if trace.worst(k)[0] <= room), None)
+    if fewer is not None:
+        rate = 1 - fewer / trace.num_gates
+        lines.append(f"a freeze rate of {rate:.3f} would fit ({fewer} open units instead of {open_count})")
+    if batch is not None and batch > 1:
+        gradients = trace.peak(()).end_bytes
+        per_example = max(1.0, (best.step_peak_bytes - gradients) / batch)
+        smaller = int((room - gradients) / per_example)
+        if smaller >= 1:
+            lines.append(f"a batch of about {min(smaller, batch - 1)} instead of {batch} would fit")
+    if best.config.preset != "max":
+        lines.append("preset 'max' stores activations in four bits")
+    return "; ".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,204 @@
+"""The memory of one training step as a list of events, and what any pattern of gates makes of it.
+
+A :class:`StepTrace` holds every allocation and release of a compiled forward and backward, in order, as the generated
+code makes them (dry_run.py), in bytes above what is there before the step: parameters, optimizer state, the batch.
+Blocks that exist only when certain gates are open name them, so that one trace answers for every pattern:
+
+    bytes(t | open) = sum of the blocks alive at t whose owners are nobody (always there) or meet ``open``
+
+What happens inside a branch counts only for patterns that take the branch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """One allocation (``delta_bytes`` > 0) or release (< 0) of a block."""
+
+    delta_bytes: int
+    block: int
+    """Number of the block."""
+    owners: frozenset[int] = frozenset()
+    """The block exists if one of these gates is open; always, if there are none."""
+    branch: int | None = None
+    """The gate inside whose branch this happens."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A block that is alive at the peak."""
+
+    label: str
+    size_bytes: int
+    gates: frozenset[int]
+
+
+@dataclass(frozen=True)
+class StepPeak:
+    """What one pattern of gates makes of a step, in bytes above what is there before it."""
+
+    peak_bytes: int
+    forward_peak_bytes: int
+    saved_bytes: int
+    """Held between forward and backward."""
+    end_bytes: int
+    """Held when backward is done: the gradients, and what the user keeps."""
+    timeline: tuple[int, ...]
+    """Bytes after every event."""
+    peak_event: int
+    """Index of the event, in ``timeline``, at which the peak is reached first."""
+    alive_at_peak: tuple[Alive, ...]
+    """Largest first."""
+
+    @property
+    def phase(self) -> str:
+        """``"forward"`` or ``"backward"``, whichever holds the peak."""
+        return "forward" if self.peak_bytes == self.forward_peak_bytes else "backward"
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """All memory events of a step. ``boundary`` is the index of the first event of backward."""
+
+    events: tuple[Event, ...]
+    boundary: int
+    labels: Mapping[int, str]
+    num_gates: int
+
+    def peak(self, open_gates: Collection[int]) -> StepPeak:
+        """The step with exactly these gates open."""
+        chosen = frozenset(open_gates)
+        total = peak = saved = forward_peak = 0
+        peak_event, timeline, alive = 0, [], {}  # type: tuple[int, list[int], dict[int, Event]]
+        at_peak: dict[int, Event] = {}
+        for index, event in enumerate(self.events):
+            if index == self.boundary:
+                saved, forward_peak = total, peak
+            if _happens(event, chosen):
+                total += event.delta_bytes
+                alive[event.block] = event
+                if event.delta_bytes < 0:
+                    del alive[event.block]
+                if total > peak:
+                    peak, peak_event, at_peak = total, index, dict(alive)
+            timeline.append(total)
+        found = [Alive(self.labels.get(e.block, ""), e.delta_bytes, e.owners) for e in at_peak.values()]
+        found.sort(key=lambda a: -a.size_bytes)
+        if self.boundary >= len(self.events):
+            saved, forward_peak = total, peak
+        return StepPeak(peak, forward_peak, saved, total, tuple(timeline), peak_event, tuple(found))
+
+    def worst(self, count: int) -> tuple[int, frozenset[int]]:
+        """(upper bound on the peak over all patterns of ``count`` open gates, the pattern that it was met with).
+
+        At every moment the ``count`` gates that own most are taken. Exact where blocks have one owner; a block that
+        several gates share counts for each of them, so that the bound may exceed what any one pattern reaches.
+        """
+        bound, pattern = 0, frozenset[int]()
+        for always, owned, branch in self._moments():
+            forced = [] if branch is None else [branch]
+            others = ((size, gate) for gate, size in owned.items() if gate != branch)
+            chosen = heapq.nlargest(max(0, count - len(forced)), others)
+            total = always + sum(size for size, _ in chosen) + (0 if branch is None else owned.get(branch, 0))
+            if total > bound:
+                bound, pattern = total, frozenset([*(gate for _, gate in chosen), *forced])
+        return bound, pattern
+
+    def _moments(self) -> Iterator[tuple[int, dict[int, int], int | None]]:
+        """After every allocation: bytes that are always there, bytes by gate, and the branch it happens in."""
+        always, owned = 0, dict[int, int]()
+        for event in self.events:
+            for gate in event.owners:
+                owned[gate] = owned.get(gate, 0) + event.delta_bytes
+            if not event.owners:
+                always += event.delta_bytes
+            if event.delta_bytes > 0:
+                yield always, owned, event.branch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that survive JSON."""
+        return {
+            "events": [[e.delta_bytes, e.block, sorted(e.owners), e.branch] for e in self.events],
+            "boundary": self.boundary,
+            "labels": {str(block): label for block, label in self.labels.items()},
+            "num_gates": self.num_gates,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepTrace:
+        """The inverse of :meth:`to_dict`."""
+        events = tuple(Event(d, b, frozenset(o), br) for d, b, o, br in data["events"])
+        labels = {int(block): label for block, label in data["labels"].items()}
+        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]))
+
+
+@dataclass(frozen=True)
+class PeakForecast:
+    """The peak of one step, in bytes above what is there before it, for the patterns of gates that matter."""
+
+    closed_bytes: int
+    """All units closed."""
+    open_bytes: int
+    """All units open."""
+    worst_bytes: int
+    """An upper bound for every choice of ``open_count`` open units."""
+    open_count: int
+    worst_units: tuple[str, ...]
+    """The choice that the bound was met with."""
+    alive: tuple[tuple[str, int, int], ...]
+    """Who is alive at the peak of that choice: (what, how many, bytes in all), largest first."""
+
+
+def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakForecast:
+    """Sum ``trace`` up; ``names[k]`` names gate ``k``."""
+    count = min(open_count, trace.num_gates)
+    bound, pattern = trace.worst(count)
+    groups: dict[str, list[int]] = {}
+    for alive in trace.peak(pattern).alive_at_peak:
+        of = ", ".join(names[g] for g in sorted(alive.gates & pattern))
+        groups.setdefault(f"{alive.label}, for {of}" if of else alive.label, []).append(alive.size_bytes)
+    rows = sorted(((what, len(sizes), sum(sizes)) for what, sizes in groups.items()), key=lambda row: -row[2])
+    return PeakForecast(
+        closed_bytes=trace.peak(()).peak_bytes,
+        open_bytes=trace.peak(range(trace.num_gates)).peak_bytes,
+        worst_bytes=bound,
+        open_count=count,
+        worst_units=tuple(sorted(names[g] for g in pattern)),
+        alive=tuple(rows),
+    )
+
+
+def _happens(event: Event, chosen: frozenset[int]) -> bool:
+    return not event.owners or bool(event.owners & chosen)
+
+
+def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTrace:
+    """One step made of several graphs: their forwards in order, then their backwards in reverse order.
+
+    ``gates[i][k]`` is the number, in the result, of gate ``k`` of ``traces[i]``.
+    """
+    forward: list[Event] = []
+    backward: list[list[Event]] = []
+    labels: dict[int, str] = {}
+    offset = 0
+    for trace, numbers in zip(traces, gates, strict=True):
+        moved = [_moved(e, offset, numbers) for e in trace.events]
+        labels |= {block + offset: label for block, label in trace.labels.items()}
+        offset += 1 + max((e.block for e in trace.events), default=0)
+        forward += moved[: trace.boundary]
+        backward.append(moved[trace.boundary :])
+    late = [event for events in reversed(backward) for event in events]
+    total = 1 + max((g for numbers in gates for g in numbers), default=-1)
+    return StepTrace(tuple(forward + late), len(forward), labels, total)
+
+
+def _moved(event: Event, offset: int, numbers: Sequence[int]) -> Event:
+    branch = None if event.branch is None else numbers[event.branch]
+    owners = frozenset(numbers[g] for g in event.owners)
+    return Event(event.delta_bytes, event.block + offset, owners, branch)

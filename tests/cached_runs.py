@@ -1,0 +1,43 @@
+"""Run by test_cache.py in processes of its own: one step per settings, and what the compile caches said to it.
+
+``python cached_runs.py SETTINGS.json RESULTS.pt``; the folder of the caches comes in TORCHINDUCTOR_CACHE_DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import torch
+from reference import optimized, step
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from tower import Tower, rows
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """One step with the unit ``up.weight`` closed. ``forget_plans`` is no setting: it removes the plans on disk."""
+    torch._dynamo.reset()
+    counters.clear()
+    if settings.pop("forget_plans", False):
+        shutil.rmtree(pathlib.Path(cache_dir()) / "slimfit_fx")
+    model, session = optimized(Tower(), **{"executor": "inductor", "scheduler": "none", **settings})
+    session.freeze("up.weight")
+    loss, grads = step(model, model, rows())
+    return {
+        "graphs": {key: counters["inductor"][f"fxgraph_cache_{key}"] for key in ("hit", "miss", "bypass")},
+        "autograd": {key: counters["aot_autograd"][f"autograd_cache_{key}"] for key in ("hit", "miss", "bypass")},
+        "loss": loss,
+        "grads": {name: grad for name, grad in grads.items() if grad is not None},
+        "closed": sorted(session.gates.closed),
+        "executor": session.executor,
+        "plan": session.plan.to_dict(),
+    }
+
+
+if __name__ == "__main__":
+    every = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    torch.save([run(settings) for settings in every], sys.argv[2])

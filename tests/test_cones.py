@@ -1,0 +1,317 @@
+"""Cones of small backward graphs written by hand: what moves behind a gate, what stays, and why."""
+
+from __future__ import annotations
+
+from operator import getitem
+
+from graphs import ATEN, Sketch, names
+from torch import fx
+
+from slimfit_fx.graph.joint import STATIC
+from slimfit_fx.passes.find_cones import CONE, ConePlan, find_cones
+from slimfit_fx.planning.planner import MAX_GATES_PER_CONE
+
+MM, NEG, MUL, PERMUTE, SUM = (
+    ATEN.mm.default,
+    ATEN.neg.default,
+    ATEN.mul.Tensor,
+    ATEN.permute.default,
+    ATEN.sum.dim_IntList,
+)
+
+
+def cones(sketch: Sketch, outputs, gates, saved=(), *, min_bytes: int = 0) -> ConePlan:
+    """The plan of a graph that returns ``outputs``; ``gates`` in the same order."""
+    sketch.returns(*outputs)
+    before = str(sketch.graph)
+    plan = find_cones(sketch.graph, gates, list(saved), min_bytes=min_bytes)
+    assert str(sketch.graph) == before, "an analysis changes nothing"
+    return plan
+
+
+def only(plan: ConePlan, gate: int):
+    (cone,) = [c for c in plan.cones if c.gate == gate]
+    return cone
+
+
+def linear(sketch: Sketch, x: fx.Node, g: fx.Node) -> fx.Node:
+    """The weight gradient g.t() @ x."""
+    return sketch.call(MM, sketch.call(PERMUTE, g, [1, 0]), x)
+
+
+# ---- homes
+
+
+def test_one_gate_takes_what_serves_it_alone():
+    s = Sketch()
+    x, w, g = s.input("x", 4, 8), s.input("w", 6, 8), s.input("tangents_1", 4, 6)
+    dw, dx = linear(s, x, g), s.call(MM, g, w)
+    plan = cones(s, [dx, dw], [STATIC, 3], [x, w])
+    cone = only(plan, 3)
+    assert (cone.output, cone.root) == (1, dw)
+    assert names(cone.nodes) == {"permute_default", "mm_default"} and names(cone.operands) == {"x", "tangents_1"}
+    assert plan.stashes == {x: frozenset([3])} and plan.refusals == []
+
+
+def test_nodes_of_a_cone_stand_in_graph_order():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    late = s.call(NEG, g)
+    dw = s.call(MM, s.call(PERMUTE, s.call(NEG, late), [1, 0]), s.call(NEG, x))
+    cone = only(cones(s, [dw], [0], [x]), 0)
+    assert cone.nodes == [n for n in s.graph.nodes if n.op == "call_function"] and len(cone.nodes) == 5
+
+
+def test_without_gates_there_is_nothing_to_do():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    plan = cones(s, [linear(s, x, g), None], [STATIC, 0], [x])
+    assert (plan.cones, plan.stashes, plan.refusals) == ([], {}, [])
+
+
+def test_a_cheap_node_that_two_cones_read_is_cloned_into_both():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    decoded = s.call(NEG, x)
+    first, second = linear(s, decoded, g), linear(s, s.call(MUL, decoded, decoded), g)
+    plan = cones(s, [first, second], [0, 1], [x])
+    assert decoded in only(plan, 0).nodes and decoded in only(plan, 1).nodes
+    assert plan.stashes == {x: frozenset([0, 1])} and plan.refusals == []
+
+
+def test_a_cheap_node_without_a_tangent_that_main_reads_too_is_cloned():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    decoded = s.call(NEG, x)
+    dx, dw = s.call(MUL, g, decoded), linear(s, decoded, g)
+    plan = cones(s, [dx, dw], [STATIC, 0], [x])
+    assert decoded in only(plan, 0).nodes and names(only(plan, 0).operands) == {"x", "tangents_1"}
+    assert plan.stashes == {}, "the main graph reads x whatever is closed"
+
+
+def test_a_cheap_node_of_a_tangent_that_main_reads_too_is_an_operand():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    scaled = s.call(MUL, g, 2.0)
+    plan = cones(s, [s.call(NEG, scaled), linear(s, x, scaled)], [STATIC, 0], [x])
+    assert scaled not in only(plan, 0).nodes and scaled in only(plan, 0).operands
+
+
+def test_an_expensive_node_that_two_cones_read_stays_in_main():
+    s = Sketch()
+    x, w, g = s.input("x", 4, 8), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
+    product = s.call(MM, g, w)
+    plan = cones(s, [linear(s, x, product), s.call(SUM, product, [0])], [0, 1], [x, w])
+    assert plan.refusals == [("mm_default", "serves 2 units at once and is an expensive operator: always computed")]
+    for gate in (0, 1):
+        assert product in only(plan, gate).operands and product not in only(plan, gate).nodes
+    assert w not in plan.stashes and x in plan.stashes
+
+
+def test_an_expensive_node_of_one_cone_moves_into_it():
+    s = Sketch()
+    x, w, g = s.input("x", 4, 8), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
+    product = s.call(MM, g, w)
+    plan = cones(s, [linear(s, x, product)], [0], [x, w])
+    assert product in only(plan, 0).nodes and set(plan.stashes) == {x, w}
+
+
+def gated_by_many(count: int, *, tangent: bool) -> tuple[ConePlan, fx.Node]:
+    """``count`` units that read one cheap node, which depends on a tangent or on a saved value only."""
+    s = Sketch()
+    x, g = s.input("x", 4, 4), s.input("tangents_1", 4, 4)
+    shared = s.call(NEG, g if tangent else x)
+    roots = [s.call(MM, shared, s.call(MUL, x, float(i + 1))) for i in range(count)]
+    return cones(s, roots, range(count), [x]), shared
+
+
+def test_a_cheap_node_of_a_tangent_is_cloned_into_few_cones_only():
+    few, shared = gated_by_many(MAX_GATES_PER_CONE, tangent=True)
+    assert all(shared in cone.nodes for cone in few.cones) and few.refusals == []
+    many, shared = gated_by_many(MAX_GATES_PER_CONE + 1, tangent=True)
+    assert all(shared in cone.operands for cone in many.cones)
+    assert many.refusals == [("neg_default", "serves 5 units at once and is more than 4 units: always computed")]
+
+
+def test_a_decode_is_cloned_into_any_number_of_cones():
+    plan, shared = gated_by_many(MAX_GATES_PER_CONE + 3, tangent=False)
+    assert all(shared in cone.nodes for cone in plan.cones) and plan.refusals == []
+
+
+def test_an_operator_with_several_results_stays_whole():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    both = s.call(ATEN.native_layer_norm.default, g, [8], None, None, 1e-5)
+    value, mean = s.call(getitem, both, 0), s.call(getitem, both, 1)
+    plan = cones(s, [linear(s, x, value), s.call(MUL, mean, mean)], [0, 1], [x])
+    assert {both, value, mean}.isdisjoint(n for cone in plan.cones for n in cone.nodes)
+    assert plan.refusals and {why for _, why in plan.refusals} == {
+        "serves 2 units at once and is an expensive operator: always computed"
+    }
+
+
+def test_a_cheap_operator_with_several_results_is_cloned_whole():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    both = s.call(ATEN.var_mean.correction, x, [1], keepdim=True)
+    variance, mean = s.call(getitem, both, 0), s.call(getitem, both, 1)
+    plan = cones(s, [linear(s, s.call(MUL, x, variance), g), s.call(MUL, mean, g)], [0, 1], [x])
+    for gate in (0, 1):
+        inside = set(only(plan, gate).nodes)
+        assert both in inside and {variance, mean} <= inside
+
+
+def convolution(s: Sketch, *wanted: int) -> list[fx.Node]:
+    """The operator that makes the gradients of input, weight and bias at once, and those ``wanted``."""
+    x, w, g = s.input("x", 2, 3, 8, 8), s.input("w", 4, 3, 3, 3), s.input("tangents_1", 2, 4, 6, 6)
+    settings = ([4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True])
+    both = s.call(ATEN.convolution_backward.default, g, x, w, *settings)
+    return [both, *(s.call(getitem, both, index) for index in wanted)]
+
+
+def test_a_gradient_that_comes_with_a_needed_one_is_refused():
+    s = Sketch()
+    both, dx, dw, db = convolution(s, 0, 1, 2)
+    plan = cones(s, [dx, dw, db], [STATIC, 0, STATIC], both.all_input_nodes)
+    assert plan.cones == [] and plan.stashes == {}
+    assert reason(plan, dw.name).startswith("its gradient costs nothing of its own")
+
+
+def test_an_operator_of_which_one_result_is_wanted_moves_into_the_cone():
+    s = Sketch()
+    both, dw = convolution(s, 1)
+    cone = only(cones(s, [None, dw], [STATIC, 0], both.all_input_nodes), 0)
+    assert both in cone.nodes and dw in cone.nodes
+
+
+# ---- roots that cannot end in a branch
+
+
+def reason(plan: ConePlan, name: str) -> str:
+    (found,) = [why for what, why in plan.refusals if what == name]
+    return found
+
+
+def test_a_gradient_with_a_symbolic_shape_is_refused():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6, symbolic=True)
+    root = s.call(MUL, g, g)
+    plan = cones(s, [root], [0], [x])
+    assert plan.cones == [] and reason(plan, root.name) == "its gradient has a symbolic shape"
+
+
+def test_symbols_inside_a_cone_are_no_obstacle():
+    s = Sketch()
+    x, g = s.input("x", 5, 8, symbolic=True), s.input("tangents_1", 5, 6, symbolic=True)
+    root = s.call(SUM, s.call(MUL, g, g), [0])
+    plan = cones(s, [root], [0], [x])
+    assert names(only(plan, 0).nodes) == {"mul_tensor", "sum_dim_int_list"} and plan.refusals == []
+
+
+def test_a_gradient_of_two_parameters_is_refused():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    root = linear(s, x, g)
+    plan = cones(s, [root, root], [0, 1], [x])
+    assert plan.cones == [] and plan.stashes == {}
+    assert {why for _, why in plan.refusals} == {"its gradient is shared with another parameter"}
+
+
+def test_a_gradient_that_is_an_input_is_refused():
+    s = Sketch()
+    g = s.input("tangents_1", 4, 6)
+    plan = cones(s, [g], [0])
+    assert plan.cones == [] and reason(plan, "tangents_1") == "its gradient is an input of the backward graph"
+
+
+def test_a_gradient_that_something_else_reads_is_refused():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    root = linear(s, x, g)
+    plan = cones(s, [root, s.call(NEG, root)], [0, STATIC], [x])
+    assert plan.cones == [] and reason(plan, root.name) == "its gradient is read by another computation"
+
+
+def test_a_gradient_behind_its_gate_is_left_alone():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    root = linear(s, x, g)
+    root.meta[CONE] = 0
+    plan = cones(s, [root], [0], [x])
+    assert plan.cones == [] and reason(plan, root.name) == "its gradient is behind its gate already"
+
+
+def test_a_gradient_that_is_not_one_tensor_is_refused():
+    s = Sketch()
+    g = s.input("tangents_1", 4, 8)
+    root = s.call(ATEN.native_layer_norm.default, g, [8], None, None, 1e-5)
+    plan = cones(s, [root], [0])
+    assert plan.cones == [] and reason(plan, root.name) == "its gradient is not one tensor"
+
+
+def test_a_view_of_what_is_there_anyway_is_no_cone():
+    s = Sketch()
+    g = s.input("tangents_1", 4, 6)
+    root = s.call(PERMUTE, g, [1, 0])
+    plan = cones(s, [root], [0])
+    assert plan.cones == []
+    assert reason(plan, root.name).startswith("its gradient costs nothing of its own: only views")
+
+
+# ---- what must stay
+
+
+def test_a_random_operator_stays_in_main():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    noise = s.call(ATEN.rand_like.default, g)
+    dw = linear(s, x, s.call(MUL, g, noise))
+    cone = only(cones(s, [dw], [0], [x]), 0)
+    assert noise not in cone.nodes and noise in cone.operands
+
+
+def test_an_operator_that_writes_stays_in_main():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    written = s.call(ATEN.add_.Tensor, g, 1.0)
+    cone = only(cones(s, [linear(s, x, written)], [0], [x]), 0)
+    assert written not in cone.nodes and written in cone.operands
+
+
+# ---- stashes
+
+
+def test_a_saved_value_that_main_reads_too_is_not_dropped():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    plan = cones(s, [s.call(MUL, g, x), linear(s, x, g)], [STATIC, 0], [x])
+    assert x in only(plan, 0).operands and plan.stashes == {}
+
+
+def test_a_saved_value_that_leaves_backward_is_not_dropped():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    plan = cones(s, [x, linear(s, x, g)], [STATIC, 0], [x])
+    assert x in only(plan, 0).operands and plan.stashes == {}
+
+
+def test_a_saved_value_that_feeds_a_refused_root_is_not_dropped():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
+    shared = linear(s, x, g)
+    plan = cones(s, [linear(s, s.call(NEG, x), g), shared, shared], [0, 1, 2], [x])
+    assert x in only(plan, 0).operands and plan.stashes == {}
+
+
+def test_small_saved_values_are_not_dropped():
+    for min_bytes, stashed in ((4 * 8 * 4, True), (4 * 8 * 4 + 1, False)):
+        s = Sketch()
+        x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+        plan = cones(s, [linear(s, x, g)], [0], [x], min_bytes=min_bytes)
+        assert (x in plan.stashes) is stashed and len(plan.cones) == 1
+
+
+def test_only_saved_values_are_dropped():
+    s = Sketch()
+    x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
+    assert cones(s, [linear(s, x, g)], [0], []).stashes == {}

@@ -1,0 +1,185 @@
+"""insert_codecs: encode in forward, decode in backward; what has no codec is not touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import ATEN, Bench, Chain, Sketch, chain_input, names, run_pair, stopped_after, texts, unequal
+from reference import cosine
+from small_models import Tiny, tokens
+from torch import Tensor, fx, nn
+from torch._inductor.decomposition import select_decomp_table
+
+from slimfit_fx.codecs import Codec, get_codec
+from slimfit_fx.passes.insert_codecs import ENCODED, insert_codecs
+from slimfit_fx.passes.partition import DECISION
+from slimfit_fx.passes.saved import Seam
+from slimfit_fx.planning.planner import Decision
+
+
+def split(model, batch, **settings) -> Bench:
+    return stopped_after("split_joint", model, batch, **settings)
+
+
+def crossing(codec: Codec | None, *permutation: int) -> Seam:
+    """forward: v = 2 * x, permuted in memory. backward: v, read twice: g * v and v + v."""
+    forward, backward = Sketch(), Sketch()
+    backward.mode = forward.mode
+    order = permutation or (0, 1)
+    x = forward.input("x", *(16 * (d + 1) for d in range(len(order))))
+    with_strides = forward.call(ATEN.permute.default, x, list(order))
+    value = forward.call(ATEN.mul.Tensor, with_strides, 2.0)
+    value.meta[DECISION] = Decision("float", codec, "because")
+    seen = backward.graph.placeholder(value.name)
+    seen.meta["val"] = value.meta["val"]
+    g = backward.graph.placeholder("tangents_1")
+    g.meta["val"] = value.meta["val"]
+    results = backward.call(ATEN.mul.Tensor, g, seen), backward.call(ATEN.add.Tensor, seen, seen)
+    user = forward.call(ATEN.sum.default, value)
+    return Seam(forward.returns(user, value), backward.returns(*results), 1)
+
+
+def insert(seam: Seam) -> int:
+    return insert_codecs(seam, decompositions=select_decomp_table())
+
+
+def saved(seam: Seam) -> list[fx.Node]:
+    return [value for value, _ in seam.saved()]
+
+
+# ---- it rewrites
+
+
+def test_a_value_crosses_in_its_encoded_parts():
+    seam = crossing(get_codec("int8"))
+    assert insert(seam) == 1
+    codes, scales = saved(seam)
+    assert [v.meta[ENCODED] for v in (codes, scales)] == [("mul_tensor", 0), ("mul_tensor", 1)]
+    assert (codes.meta["val"].dtype, codes.meta["val"].shape) == (torch.int8, (16, 32))
+    assert [p.meta[ENCODED] for _, p in seam.saved()] == [("mul_tensor", 0), ("mul_tensor", 1)]
+    assert "mul_tensor" not in names(seam.backward.graph.find_nodes(op="placeholder"))
+
+
+def test_a_value_with_two_readers_is_encoded_and_decoded_once():
+    seam = crossing(get_codec("int8"))
+    insert(seam)
+    one = len(seam.backward.graph.nodes)
+    several = crossing(get_codec("int8"))
+    placeholder = several.saved()[0][1]
+    with several.backward.graph.inserting_before(several.backward.graph.output_node()):
+        several.backward.graph.call_function(ATEN.neg.default, (placeholder,)).meta["val"] = placeholder.meta["val"]
+    insert(several)
+    assert len(several.backward.graph.nodes) == one + 1
+
+
+def test_the_value_itself_stays_what_forward_reads():
+    seam = crossing(get_codec("int8"))
+    insert(seam)
+    (user,) = seam.user_outputs()
+    assert user.args[0].name == "mul_tensor" and ENCODED not in user.args[0].meta
+
+
+@pytest.mark.parametrize("permutation", [(1, 0), (2, 0, 1), (0, 2, 1)])
+def test_a_permuted_value_comes_back_in_its_own_strides(permutation):
+    seam = crossing(get_codec("int8"), *permutation)
+    value, _ = seam.saved()[0]
+    val = value.meta["val"]
+    assert not val.is_contiguous()
+    insert(seam)
+    x = torch.randn(tuple(seam.forward.graph.find_nodes(op="placeholder")[0].meta["val"].shape))
+    exact = 2.0 * x.permute(permutation)  # in memory it is 2 * x, and that is what groups are made of
+    _, *parts = seam.forward(x)
+    product, _ = seam.backward(*parts, torch.ones_like(exact))
+    (decoded,) = {n for n in seam.backward.graph.output_node().args[0][1].all_input_nodes}
+    assert decoded.meta["val"].stride() == val.stride() == exact.stride()
+    assert product.shape == exact.shape
+    within_bound(get_codec("int8"), 2.0 * x, product.permute([permutation.index(d) for d in range(x.dim())]))
+
+
+# ---- it leaves alone
+
+
+def test_a_value_without_a_codec_is_not_touched():
+    seam = crossing(None)
+    before = [str(seam.forward.graph), str(seam.backward.graph)]
+    assert insert(seam) == 0
+    assert [str(seam.forward.graph), str(seam.backward.graph)] == before
+
+
+def test_a_value_without_a_decision_is_not_touched():
+    seam = crossing(get_codec("int8"))
+    del saved(seam)[0].meta[DECISION]
+    before = [str(seam.forward.graph), str(seam.backward.graph)]
+    assert insert(seam) == 0
+    assert [str(seam.forward.graph), str(seam.backward.graph)] == before
+
+
+def test_a_model_without_masks_is_as_it_was_in_preset_exact():
+    bench = split(Chain(), chain_input(), preset="exact")
+    before = texts(bench.work)
+    assert bench.run("insert_codecs") == 0
+    assert texts(bench.work) == before
+
+
+def test_a_second_run_changes_nothing():
+    bench = split(Chain(), chain_input(), preset="balanced")
+    assert bench.run("insert_codecs") == 2
+    before = texts(bench.work)
+    assert bench.run("insert_codecs") == 0
+    assert texts(bench.work) == before
+
+
+# ---- the numbers hold
+
+
+def within_bound(codec: Codec, exact: Tensor, found: Tensor) -> None:
+    assert bool(((found - exact).abs() <= codec.error_bound(exact)).all())
+    assert not torch.equal(found, exact), "a lossy codec that loses nothing was not there"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "fixed_int8", "fixed_uint8"])
+def test_what_comes_back_is_within_the_bound_of_its_codec(name):
+    seam = crossing(get_codec(name))
+    insert(seam)
+    x = torch.rand(16, 32)
+    _, *parts = seam.forward(x)
+    product, double = seam.backward(*parts, torch.ones(16, 32))
+    within_bound(get_codec(name), 2.0 * x, product)
+    assert torch.equal(double, product + product)
+
+
+class Masks(nn.Module):
+    """Dropout and a ReLU between matrix products: masks cross over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(nn.functional.dropout(self.one(x).relu(), 0.3))
+
+
+def test_masks_cross_as_bits_and_lose_nothing():
+    bench = split(Masks(), (torch.randn(8, 16),), preset="exact")
+    before, expected = sizes(bench), run_pair(bench.work.pair())
+    assert bench.run("insert_codecs") > 0
+    outputs, grads = run_pair(bench.work.pair())
+    assert unequal(expected[0], outputs) == [] and unequal(expected[1], grads) == []
+    assert sizes(bench) < before
+
+
+def sizes(bench: Bench) -> int:
+    values = (v.meta["val"] for v, _ in bench.work.pair().saved() if v.op != "placeholder")
+    return sum(val.numel() * val.element_size() for val in values)
+
+
+@pytest.mark.parametrize(("preset", "least"), [("balanced", 0.999), ("max", 0.98), ("paper", 0.98)])
+def test_forward_is_untouched_and_gradients_are_close(preset, least):
+    bench = split(Tiny(depth=1), tokens(), preset=preset)
+    before, (expected_outputs, expected) = sizes(bench), run_pair(bench.work.pair())
+    assert bench.run("insert_codecs") > 3
+    outputs, grads = run_pair(bench.work.pair())
+    assert unequal(expected_outputs, outputs) == []
+    assert cosine(dict(enumerate(expected)), dict(enumerate(grads))) > least
+    assert sizes(bench) < before and unequal(expected, grads) != []
