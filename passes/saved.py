@@ -34,10 +34,10 @@ class Seam:
                 pairs.append((node, placeholders[self.names.get(node, node.name)]))
         return pairs
 
-    def saved_names(self) -> list[str]:
-        """The placeholders' names of the saved tensors, in the order in which forward returns them."""
-        tensors = [n for n in self._forward_outputs()[self.num_fwd_outputs :] if isinstance(n, fx.Node)]
-        return [self.names.get(n, n.name) for n in tensors if ops.is_tensor(n)]
+    def saved_names(self, *, symbols: bool = False) -> list[str]:
+        """The placeholders' names of the saved tensors (or symbols), in the order in which forward returns them."""
+        saved = [n for n in self._forward_outputs()[self.num_fwd_outputs :] if isinstance(n, fx.Node)]
+        return [self.names.get(n, n.name) for n in saved if (ops.is_symbol if symbols else ops.is_tensor)(n)]
 
     def user_outputs(self) -> list[fx.Node]:
         """What the forward returns to its caller (and writes back into its inputs)."""

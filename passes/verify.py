@@ -92,16 +92,17 @@ def rule_seam_agrees(seam: Seam) -> Iterator[str]:
 def rule_seam_keeps_its_order(seam: Seam) -> Iterator[str]:
     """Saved values arrive in the order in which forward returns them: AOTAutograd hands them over by position."""
     inputs = [n for n in seam.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-    arriving = [str(n.target) for n in inputs if not ops.is_symbol(n)]
-    expected = seam.saved_names()
-    if set(expected) - set(arriving):
-        return  # of which rule_seam_agrees speaks
-    if len(arriving) != len(expected):
-        yield f"forward saves {len(expected)} tensors, backward takes {len(arriving)}"
-    for index, (want, have) in enumerate(zip(expected, arriving, strict=False)):
-        if want != have:
-            yield f"saved value {index} is {want} in forward and arrives as {have}"
-            return
+    for what, symbols in (("tensors", False), ("symbols", True)):
+        arriving = [str(n.target) for n in inputs if ops.is_symbol(n) is symbols]
+        expected = seam.saved_names(symbols=symbols)
+        if set(expected) - set(arriving):
+            continue  # of which rule_seam_agrees speaks
+        if len(arriving) != len(expected):
+            yield f"forward saves {len(expected)} {what}, backward takes {len(arriving)}"
+        for index, (want, have) in enumerate(zip(expected, arriving, strict=False)):
+            if want != have:
+                yield f"saved value {index} is {want} in forward and arrives as {have}"
+                break
 
 
 def rule_random_runs_once(seam: Seam) -> Iterator[str]:

@@ -50,6 +50,21 @@ def optimizer_of(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
 
+def runs_partly_eagerly(session):
+    """Whether a graph break left layers to eager, where a closed unit keeps its gradient until the optimizer step.
+
+    So do OPT and BART of transformers 5.17: they ask a random tensor, in the loop over their layers, what to leave out.
+    """
+    return any(unit.reason == "no gradient of it was found in any captured graph" for unit in session.plan.units)
+
+
+def check_compiles(session, after_first_step):
+    """Flipping gates compiles nothing; only what several parts of a broken forward share may be compiled for each."""
+    assert session.compiles == after_first_step
+    graphs = session.compiles - session.recompiles
+    assert session.recompiles == 0 or graphs > 1
+
+
 def check_plan(session):
     """Whatever is kept or refused says why; what has no gate says why, too."""
     plan = session.plan
@@ -62,18 +77,23 @@ def check_plan(session):
 def test_trains_exactly_as_without_us(reference):
     model, session = optimized(hf_models.build(reference.name), preset="exact", scheduler=OpenFirst, freeze_rate=0.7)
     ours, theirs = optimizer_of(model), optimizer_of(reference.model)
+    compiles = []
     for number in range(STEPS):
         loss, grads = step(model, model, reference.batch, seed=number)
         expected_loss, expected = step(reference.compiled, reference.model, reference.batch, seed=number)
         closed = session.gates.closed
         assert bool(closed) == (number > 0)
         assert equal_bits(expected_loss, loss), f"step {number}: {expected_loss} != {loss}"
+        if runs_partly_eagerly(session):
+            grads |= dict.fromkeys(closed)
         assert differences(expected, grads, closed=closed) == [], f"step {number}"
         for name, param in reference.model.named_parameters():
             param.grad = None if name in closed else param.grad
         ours.step()
         theirs.step()
-    assert session.recompiles == 0
+        assert {n for n, p in model.named_parameters() if p.grad is not None}.isdisjoint(closed), f"step {number}"
+        compiles.append(session.compiles)
+    check_compiles(session, compiles[0])
     check_plan(session)
 
 
@@ -86,6 +106,7 @@ def test_trains_closely_when_compressed(reference):
     assert cosine(expected, grads) > 0.99
     assert {n for n, g in grads.items() if g is None} == {n for n, g in expected.items() if g is None}
     optimizer.step()
+    compiles = session.compiles
     for number in range(1, STEPS):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         loss, grads = step(model, model, reference.batch, seed=number)
@@ -93,6 +114,6 @@ def test_trains_closely_when_compressed(reference):
         optimizer.step()
         still = {n for n, p in model.named_parameters() if torch.equal(before[n], p)}
         assert session.gates.closed and session.gates.closed <= still
-    assert session.recompiles == 0
+    check_compiles(session, compiles)
     assert any(row.decision.startswith("codec") for row in session.plan.rows)
     check_plan(session)
