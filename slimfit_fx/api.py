@@ -29,7 +29,7 @@ from slimfit_fx.units import FoundUnits, find_units
 E = TypeVar("E", bound=BaseException)
 log = logging.getLogger("slimfit_fx")
 _CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-"""Whether models of one class can have compile caches of their own; else dynamo gives up on the ninth of a process."""
+"""Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
@@ -180,9 +180,10 @@ def _executor(model: nn.Module, config: Config) -> str:
 def _traceable(model: nn.Module) -> Callable[..., Any]:
     """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
 
-    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``).
+    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``). Where caches
+    cannot be isolated every model gets one: dynamo counts compiles by code, and gives up on the ninth model of a class.
     """
-    if not torch._dynamo.trace_rules.check(model.forward):
+    if _CAN_ISOLATE and not torch._dynamo.trace_rules.check(model.forward):
         return model._call_impl
     self = model  # the name that dynamo's records of modules begin with, as in a method
 

@@ -230,4 +230,4 @@ def build_plan(
         for i, g in enumerate(chosen)
         if g.chosen is not None
     ]
-    return dataclasses.replace(merged, notes=(*merged.notes, *fitted), **known)  # type: ignore[arg-type]
+    return dataclasses.replace(merged, notes=(*merged.notes, *fitted), **known)

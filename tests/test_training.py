@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import itertools
 import json
 import pickle
@@ -402,10 +401,6 @@ def test_a_model_that_is_gone_frees_its_parameters(undo):
     assert [ref for ref in left if ref() is not None] == []
 
 
-@pytest.mark.skipif(
-    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
-    reason="this torch counts all models of a class together",
-)
 def test_many_models_of_one_class():
     """More than torch's recompile limit."""
     alive = []

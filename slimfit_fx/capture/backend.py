@@ -127,6 +127,8 @@ class SlimFitBackend:
             if self.config.strict or self.plan_only:
                 raise
             reason = f"{type(error).__name__}: {error}"
+            if self.budget is not None:
+                raise MemoryBudgetError(f"memory_budget cannot be promised: {reason}") from error
             sink.append(GraphPlan((), (("the graph", reason),), (), None, reason))
             log.warning("a graph could not be compiled", exc_info=True)
             warnings.warn(
@@ -196,19 +198,22 @@ class SlimFitBackend:
         """
         earlier = [graph for graph in self.graphs if graph is not captured and graph.unit_names != captured.unit_names]
         judged: list[Judged] = []
+        traces: list[StepTrace] = []
         for config in candidates(self.config):
             attempt = dataclasses.replace(captured, codes=[], key="", _trace=None)
             self._lower(gm, example_inputs, GatedPartitioner(config, layout), attempt.codes, dry=True)
             traced = step_trace([*earlier, attempt])
             if isinstance(traced, str):
                 raise MemoryBudgetError(f"memory_budget cannot be promised: {traced}")
-            judged.append(judge(config, traced[0], budget.fixed(), budget.open_count))
+            traces.append(traced[0])
+            judged.append(judge(config, traces[-1], budget.fixed(), budget.open_count))
             log.info("budget: preset %s takes %d bytes", config.preset, judged[-1].total_bytes)
             if judged[-1].total_bytes <= budget.limit:
                 captured.chosen = config
                 return config
         batch = next((int(v.shape[0]) for v in example_inputs if _is_data(v)), None)
-        raise MemoryBudgetError(explain(budget.limit, judged, traced[0], budget.fixed(), budget.open_count, batch))
+        smallest = min(zip(judged, traces, strict=True), key=lambda pair: pair[0].total_bytes)
+        raise MemoryBudgetError(explain(budget, *smallest, batch))
 
     def _lower_plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.executor != "inductor" or self.plan_only:

@@ -125,17 +125,15 @@ def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int) 
     return Judged(config, worst, fixed.total + max(worst, fixed.update))
 
 
-def explain(
-    budget: int, judged: Sequence[Judged], trace: StepTrace, fixed: FixedBytes, open_count: int, batch: int | None
-) -> str:
-    """Why nothing fits, the smallest peak that would, and what would bring it down."""
-    best = min(judged, key=lambda j: j.total_bytes)
+def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -> str:
+    """Why nothing fits, the smallest peak that would (``best``, of ``trace``), and what would bring it down."""
+    fixed, open_count = budget.fixed(), budget.open_count
     lines = [
-        f"memory_budget: nothing fits into {_gib(budget)}. The smallest step takes {_gib(best.total_bytes)}: "
+        f"memory_budget: nothing fits into {_gib(budget.limit)}. The smallest step takes {_gib(best.total_bytes)}: "
         f"{_gib(fixed.parameters + fixed.buffers)} parameters and buffers, {_gib(fixed.optimizer_state)} optimizer "
         f"state, {_gib(best.step_peak_bytes)} in the step itself (preset {best.config.preset})"
     ]
-    room = budget - fixed.total
+    room = budget.limit - fixed.total
     if room <= 0:
         return lines[0] + ": parameters and optimizer state alone do not fit; use a smaller model or optimizer"
     fewer = next((k for k in range(open_count - 1, 0, -1) if trace.worst(k)[0] <= room), None)

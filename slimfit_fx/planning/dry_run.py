@@ -194,8 +194,8 @@ class StandIn:
         """Stand in for an operator that the generated code calls."""
         flat, _ = tree_flatten((args, kwargs or {}))
         run = next(leaf.run for leaf in flat if isinstance(leaf, StandIn))
-        args, kwargs = tree_map(run.adopt, (args, dict(kwargs or {})))
-        return run.call_operator(func, args, kwargs)
+        adopted, named = tree_map(run.adopt, (args, dict(kwargs or {})))
+        return run.call_operator(func, adopted, named)
 
 
 class _Kernel:

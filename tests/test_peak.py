@@ -1,0 +1,241 @@
+"""The memory of a step: what events make of it for any pattern of gates, and that the allocator agrees."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import optimized
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.measure import step_peak
+from slimfit_fx.planning.dry_run import DryRun, GeneratedCode, Meter, TensorSpec, load_wrapper, storage_bytes
+from slimfit_fx.planning.peak import Event, StepTrace, forecast, join
+
+# ---- events
+
+
+@st.composite
+def traces(draw: st.DrawFn, *, shared: bool) -> StepTrace:
+    """Blocks of up to four gates that come and go; with ``shared``, some belong to several gates."""
+    gates = st.frozensets(st.integers(0, 3), max_size=3 if shared else 1)
+    events: list[Event] = []
+    alive: list[Event] = []
+    for block in range(draw(st.integers(1, 12))):
+        made = Event(draw(st.integers(1, 100)), block, draw(gates))
+        events.append(made)
+        alive.append(made)
+        while alive and draw(st.booleans()):
+            gone = alive.pop(draw(st.integers(0, len(alive) - 1)))
+            events.append(Event(-gone.delta_bytes, gone.block, gone.owners))
+    boundary = draw(st.integers(0, len(events)))
+    return StepTrace(tuple(events), boundary, {block: f"block {block}" for block in range(12)}, 4)
+
+
+def brute_force(trace: StepTrace, chosen: frozenset[int]) -> list[int]:
+    """Bytes after every event, by looking at all blocks each time."""
+    found = []
+    for index in range(len(trace.events)):
+        blocks: dict[int, int] = {}
+        for event in trace.events[: index + 1]:
+            if not event.owners or event.owners & chosen:
+                blocks[event.block] = blocks.get(event.block, 0) + event.delta_bytes
+        found.append(sum(blocks.values()))
+    return found
+
+
+@given(trace=traces(shared=True), chosen=st.frozensets(st.integers(0, 3)))
+@settings(max_examples=80)
+def test_a_pattern_sees_its_own_blocks_only(trace, chosen):
+    found, expected = trace.peak(chosen), brute_force(trace, chosen)
+    assert list(found.timeline) == expected
+    assert found.peak_bytes == max([0, *expected]) == sum(a.size_bytes for a in found.alive_at_peak)
+    assert found.saved_bytes == (expected[trace.boundary - 1] if trace.boundary else 0)
+    assert found.end_bytes == expected[-1]
+    assert found.forward_peak_bytes == max([0, *expected[: trace.boundary]])
+
+
+@given(trace=traces(shared=False), count=st.integers(0, 4))
+@settings(max_examples=80)
+def test_the_worst_pattern_is_found_where_blocks_have_one_owner(trace, count):
+    patterns = [frozenset(p) for p in itertools.combinations(range(4), count)]
+    bound, pattern = trace.worst(count)
+    assert bound == max(trace.peak(p).peak_bytes for p in patterns) == trace.peak(pattern).peak_bytes
+
+
+@given(trace=traces(shared=True), count=st.integers(0, 4))
+@settings(max_examples=80)
+def test_no_pattern_exceeds_the_bound(trace, count):
+    bound, _ = trace.worst(count)
+    assert all(trace.peak(p).peak_bytes <= bound for p in itertools.combinations(range(4), count))
+
+
+def test_what_happens_inside_a_branch_needs_the_branch():
+    inside = [Event(100, 0, frozenset([0]), branch=0), Event(-100, 0, frozenset([0]), branch=0)]
+    later = [Event(60, 1, frozenset([1])), Event(50, 2, frozenset([2]))]
+    assert StepTrace((*inside, *later), 0, {}, 3).worst(2) == (110, frozenset([1, 2]))
+    early = [Event(60, 1, frozenset([1])), *inside]
+    assert StepTrace(tuple(early), 0, {}, 3).worst(1) == (100, frozenset([0]))
+
+
+@given(trace=traces(shared=True))
+@settings(max_examples=20)
+def test_traces_survive_json(trace):
+    assert StepTrace.from_dict(json.loads(json.dumps(trace.to_dict()))) == trace
+
+
+def test_graphs_are_joined_forward_in_order_and_backward_reversed():
+    first = StepTrace((Event(10, 0), Event(4, 1, frozenset([0])), Event(-10, 0)), 2, {0: "a", 1: "b"}, 1)
+    second = StepTrace((Event(20, 0), Event(-20, 0), Event(5, 1, frozenset([0]))), 1, {0: "c", 1: "d"}, 1)
+    both = join([first, second], [[1], [0]])
+    assert [e.delta_bytes for e in both.events] == [10, 4, 20, -20, 5, -10]
+    assert both.boundary == 3 and both.num_gates == 2
+    assert [sorted(e.owners) for e in both.events] == [[], [1], [], [], [0], []]
+    assert len({e.block for e in both.events}) == 4
+
+
+def test_a_forecast_names_units_and_sums_equal_blocks():
+    trace = StepTrace((Event(8, 0), Event(8, 1), Event(30, 2, frozenset([1]))), 2, {0: "x", 1: "x", 2: "y"}, 2)
+    found = forecast(trace, ["first", "second"], 1)
+    assert (found.closed_bytes, found.open_bytes, found.worst_bytes) == (16, 46, 46)
+    assert found.worst_units == ("second",)
+    assert found.alive == (("y, for second", 1, 30), ("x", 2, 16))
+
+
+# ---- the dry run
+
+_SOURCE = """
+import torch
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.select_algorithm import extern_kernels
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+reinterpret_tensor = torch._C._dynamo.guards._reinterpret_tensor
+assert_size_stride = torch._C._dynamo.guards.assert_size_stride
+async_compile = AsyncCompile()
+kernel = async_compile.cpp_pybinding(['float*'], 'no C++ at all')
+async_compile.wait(globals())
+def cone_0_open(args):
+    (x,) = args
+    args.clear()
+    buf = empty_strided_cpu((5,), (1,), torch.float32)
+    del x
+    return (buf,)
+def call(args):
+    x, gate = args
+    args.clear()
+    assert_size_stride(x, (4, 8), (8, 1), 'input')
+    buf0 = empty_strided_cpu((4, 8), (8, 1), torch.float32)
+    kernel(x, buf0)
+    buf1 = reinterpret_tensor(buf0, (8, 4), (4, 1), 0); del buf0
+    buf2 = empty_strided_cpu((4, 4), (4, 1), torch.float32)
+    extern_kernels.mm(x, buf1, out=buf2)
+    buf3 = torch.ops.aten.sort.default(buf2)
+    buf4 = buf3[0]
+    del buf3
+    buf5 = torch.ops.aten.alias.default(buf4)
+    del buf4
+    if gate.item():
+        (buf6,) = cone_0_open([buf1])
+    return (buf5, buf6)
+"""
+
+
+def test_a_dry_run_counts_what_the_code_would_allocate():
+    run = DryRun(Meter())
+    x = run.of(TensorSpec((4, 8), (8, 1), torch.float32, torch.device("cpu")), None)
+    gate = run.of(TensorSpec((), (), torch.bool, torch.device("cpu")), None, gate=0)
+    results = load_wrapper(_SOURCE, run)([x, gate])
+    sizes = [e.delta_bytes for e in run.meter.events]
+    assert sizes[:2] == [128, 64], "views and inputs take nothing"
+    assert sorted(sizes[2:4]) == [64, 128] and -128 in sizes, "sort gives values and places; the places are dropped"
+    assert [(e.delta_bytes, sorted(e.owners), e.branch) for e in run.meter.events if e.owners] == [(20, [0], 0)]
+    alive = sum(sizes)
+    assert [r.shape for r in results] == [(4, 4), (5,)]
+    del results
+    assert sum(e.delta_bytes for e in run.meter.events) == alive - 64 - 20, "an alias holds its block"
+
+
+def test_storage_is_what_lies_between_the_first_and_the_last_element():
+    assert storage_bytes((2, 3), (3, 1), 4) == 24
+    assert storage_bytes((2, 3), (8, 1), 4) == 44
+    assert storage_bytes((2, 3), (0, 1), 4) == 12
+    assert storage_bytes((), (), 8) == 8
+    assert storage_bytes((0, 3), (3, 1), 4) == 0
+
+
+def test_code_knows_its_tangents():
+    graph = torch.fx.Graph()
+    for name in ("primals_1", "tangents_1", "tangents_2"):
+        graph.placeholder(name)
+    code = GeneratedCode.of("", graph, [torch.ones(2), 3, torch.ones(2, 3).t()])
+    assert code.tangents == 2 and code.inputs[1] == 3
+    assert code.inputs[2] == TensorSpec((3, 2), (1, 3), torch.float32, torch.device("cpu"))
+
+
+# ---- against the allocator
+
+
+class Encoder(nn.Module):
+    """A transformer layer with everything that the peak depends on: SDPA, GELU, dropout, LayerNorm, an embedding."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Embedding(300, width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + F.dropout(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)), 0.1)
+        x = x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), 0.1)
+        return F.cross_entropy(self.head(x.mean(1)), labels)
+
+
+def measured(model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
+    model.zero_grad(set_to_none=True)
+    return step_peak(lambda: model(*batch), backward=lambda loss: loss.backward()).peak_bytes
+
+
+def encoder_batch(batch: int = 24, length: int = 48) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(300, (batch, length), generator=generator)
+    return tokens, torch.randint(5, (batch,), generator=generator)
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "max"])
+def test_the_allocator_agrees_for_any_pattern(preset):
+    torch.manual_seed(0)
+    model, session = optimized(Encoder(), preset=preset, executor="inductor", scheduler="none", min_bytes=4096)
+    batch = encoder_batch()
+    model(*batch).backward()
+    names = session.gates.names
+    for closed in ((), names, names[::2], ("embed.weight", "up.weight")):
+        session.unfreeze()
+        if closed:
+            session.freeze(closed)
+        found = measured(model, batch)
+        assert session.predict_peak().peak_bytes == pytest.approx(found, rel=0.01)
+        assert session.predict_peak(frozenset(names) - frozenset(closed)) == session.predict_peak()
+    plan = session.plan
+    assert plan.peak is not None and plan.peak.closed_bytes < plan.peak.open_bytes == plan.peak.worst_bytes
+    assert "step peak, predicted" in str(plan) and "alive at the worst peak" in str(plan)
+    with pytest.raises(ValueError, match=r"'up.wieght' is no unit \(did you mean 'up.weight'\?\)"):
+        session.predict_peak(["up.wieght"])
+
+
+def test_the_interpreter_says_that_it_does_not_know():
+    model, session = optimized(Encoder())
+    with pytest.raises(RuntimeError, match="the peak of a step is not known: no graph with a gate was captured"):
+        session.predict_peak()
+    model(*encoder_batch(2, 4)).backward()
+    assert session.plan.peak is None and "executor inductor" in session.plan.peak_unknown
+    assert "Step peak: not known" in str(session.plan)
