@@ -49,7 +49,7 @@ def measure_rival(trainee: Trainee, *, steps: int, keep_timeline: bool = False) 
     rows, worst = [], None
     for _ in range(steps):
         trainee.clear()
-        row, peak = _measure_step(trainee, timeline=keep_timeline)
+        row, peak = measure_step(trainee, timeline=keep_timeline)
         rows.append(row)
         if worst is None or peak.peak_bytes > worst.peak_bytes:
             worst = peak
@@ -68,7 +68,8 @@ def measure_rival(trainee: Trainee, *, steps: int, keep_timeline: bool = False) 
     return result
 
 
-def _measure_step(trainee: Trainee, *, timeline: bool) -> tuple[dict[str, Any], PeakReport]:
+def measure_step(trainee: Trainee, *, timeline: bool) -> tuple[dict[str, Any], PeakReport]:
+    """Run forward and backward; return the figures of the step, and the report that they were read off."""
     peak = step_peak(trainee.forward, backward=trainee.backward, device=trainee.case.device, timeline=timeline)
     trained = [p for p in trainee.model.parameters() if p.grad is not None]
     row = {

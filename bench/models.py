@@ -1,8 +1,8 @@
 """The models that the benchmarks train, built from their configs: random weights, random data, no network.
 
-BERT is ``BertForSequenceClassification`` of width 768 and ViT is ``ViTForImageClassification`` with 16-pixel patches,
-both from transformers, at any depth. ``attention_dropout`` is 0 by default: on CPU, SDPA with dropout leaves the flash
-kernel and materialises the attention probabilities, for every rival alike.
+BERT is ``BertForSequenceClassification`` of width 768, ViT is ``ViTForImageClassification`` with 16-pixel patches,
+GPT-2 and Llama are ``...ForCausalLM``; all from transformers, at any depth. ``attention_dropout`` is 0 by default: on
+CPU, SDPA with dropout leaves the flash kernel and materialises the attention probabilities, for every rival alike.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODELS = ("bert", "vit")
+MODELS = ("bert", "vit", "gpt2", "llama")
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": {"batch": 16, "dropout": 0.1, "labels": 2},
     "vit": {"batch": 8, "dropout": 0.0, "labels": 10},
+    "gpt2": {"batch": 8, "dropout": 0.1},
+    "llama": {"batch": 8, "dropout": 0.0},
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, one device. ``length`` counts tokens (BERT), ``resolution`` pixels per side (ViT)."""
+    """One model, one batch, one device. ``length`` counts tokens (text), ``resolution`` pixels per side (ViT)."""
 
     model: str
     layers: int = 4
@@ -45,8 +47,8 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens per example: BERT's length; ViT's patches and its class token."""
-        return self.length if self.model == "bert" else (self.resolution // 16) ** 2 + 1
+        """Tokens per example: the length of a text; ViT's patches and its class token."""
+        return (self.resolution // 16) ** 2 + 1 if self.model == "vit" else self.length
 
     @property
     def unit_bytes(self) -> int:
@@ -56,7 +58,7 @@ class Case:
     @property
     def name(self) -> str:
         """A name fit for a file: everything in which two cases usually differ."""
-        size = f"len{self.length}" if self.model == "bert" else f"res{self.resolution}"
+        size = f"res{self.resolution}" if self.model == "vit" else f"len{self.length}"
         parts = [self.model, f"{self.layers}layers", f"batch{self.batch}", size, self.dtype, self.device]
         if self.width != 768:
             parts.insert(2, f"width{self.width}")
@@ -84,7 +86,8 @@ def build_model(case: Case, *, seed: int = 0) -> nn.Module:
     """Return the model of ``case`` in training mode on its device, weights drawn with ``seed``."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    model = _build_bert(case) if case.model == "bert" else _build_vit(case)
+    build = {"bert": _build_bert, "vit": _build_vit, "gpt2": _build_gpt2, "llama": _build_llama}[case.model]
+    model = build(case)
     return model.to(case.device).train()
 
 
@@ -119,15 +122,55 @@ def _build_vit(case: Case) -> nn.Module:
     return model
 
 
+def _build_gpt2(case: Case) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=case.vocab,
+        n_positions=max(512, case.length),
+        n_embd=case.width,
+        n_layer=case.layers,
+        n_head=case.heads,
+        resid_pdrop=case.dropout,
+        embd_pdrop=case.dropout,
+        attn_pdrop=case.attention_dropout,
+        attn_implementation=case.attention,
+        use_cache=False,
+    )
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def _build_llama(case: Case) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=case.vocab,
+        max_position_embeddings=max(512, case.length),
+        hidden_size=case.width,
+        intermediate_size=4 * case.width,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.heads,
+        attn_implementation=case.attention,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
 def make_batch(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
     """Return one batch as keyword arguments of the model: int64 ids and mask, or fp32 pixels; and int64 labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, case.labels, (case.batch,), generator=generator)
     batch = {"labels": labels}
-    if case.model == "bert":
+    if case.model != "vit":
         shape = (case.batch, case.length)
         batch["input_ids"] = torch.randint(0, case.vocab, shape, generator=generator)
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+        if case.model == "bert":
+            batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+        else:
+            batch["labels"] = batch["input_ids"]
     else:
         batch["pixel_values"] = torch.randn(case.batch, 3, case.resolution, case.resolution, generator=generator)
     return {name: value.to(case.device) for name, value in batch.items()}

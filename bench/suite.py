@@ -20,6 +20,7 @@ CPU = (
     ("bench.memory", "--model vit --layers 4"),
     ("bench.time", "--layers 4"),
     ("bench.time", "--layers 12 --what compile"),
+    ("bench.peak", ""),
     ("bench.sensitivity", "--task text"),
 )
 _BERT_BASE = "--model bert --layers 12"
@@ -34,7 +35,7 @@ CUDA = tuple(
         f"{_VIT_BASE} --batch 128 --resolution 384",
     )
     for module in ("bench.memory", "bench.time")
-)
+) + (("bench.peak", "--device cuda"),)
 
 
 def commands(device: str) -> list[list[str]]:

@@ -39,6 +39,12 @@ class Seam:
         saved = [n for n in self._forward_outputs()[self.num_fwd_outputs :] if isinstance(n, fx.Node)]
         return [self.names.get(n, n.name) for n in saved if (ops.is_symbol if symbols else ops.is_tensor)(n)]
 
+    def symbol_before_a_tensor(self) -> str | None:
+        """The first saved symbol that forward returns before a saved tensor: it must come behind all of them."""
+        saved = [n for n in self._forward_outputs()[self.num_fwd_outputs :] if isinstance(n, fx.Node)]
+        last = max((i for i, n in enumerate(saved) if ops.is_tensor(n)), default=-1)
+        return next((n.name for n in saved[: last + 1] if ops.is_symbol(n)), None)
+
     def user_outputs(self) -> list[fx.Node]:
         """What the forward returns to its caller (and writes back into its inputs)."""
         return [n for n in self._forward_outputs()[: self.num_fwd_outputs] if isinstance(n, fx.Node)]

@@ -92,6 +92,8 @@ def rule_seam_agrees(seam: Seam) -> Iterator[str]:
 def rule_seam_keeps_its_order(seam: Seam) -> Iterator[str]:
     """Saved values arrive in the order in which forward returns them: AOTAutograd hands them over by position."""
     inputs = [n for n in seam.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    if (mixed := seam.symbol_before_a_tensor()) is not None:
+        yield f"saved value {mixed} is a symbol and is returned before a tensor"
     for what, symbols in (("tensors", False), ("symbols", True)):
         arriving = [str(n.target) for n in inputs if ops.is_symbol(n) is symbols]
         expected = seam.saved_names(symbols=symbols)

@@ -47,6 +47,7 @@ def plan(
     attention: Annotated[str | None, typer.Option(help="sdpa or eager [the library's choice].")] = None,
     preset: Annotated[str, typer.Option(help="exact, paper, balanced or max.")] = "balanced",
     freeze_rate: Annotated[float, typer.Option(help="Share of the units frozen in each step.")] = 0.9,
+    peak: Annotated[bool, typer.Option("--peak", help="Tell the physical peak of the step, too (slower).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Print the memory plan of one training step, built from the model's config alone: no weights, no network."""
@@ -62,6 +63,8 @@ def plan(
         sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         typer.echo(f"{type(network).__name__}: {sizes}", err=True)
         settings: dict[str, Any] = {"preset": preset, "freeze_rate": freeze_rate, **inputs}
+        if peak:
+            settings["peak"] = True
         found = slimfit_fx.plan(network, **settings)
     typer.echo(found.to_json() if json else str(found))
 

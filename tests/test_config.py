@@ -56,7 +56,8 @@ def test_specific_kinds_fall_back_to_float_but_masks_do_not(preset, floats):
     config = Config(preset=preset)
     for kind in ("float", "gelu_input", "normalised", "normalised_closed", "linear_input"):
         assert codec_name(config, kind) == floats
-    assert codec_name(config, "attention_qkv") == codec_name(config, "attention_probs") == "int8"
+    assert codec_name(config, "attention_qkv") == floats
+    assert codec_name(config, "attention_probs") == "int8"
     assert codec_name(config, "mask") == "bits"
     assert codec_name(Config(codecs={"mask": None}), "mask") is None
 

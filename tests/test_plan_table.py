@@ -300,6 +300,6 @@ def test_a_graph_from_a_compile_cache_is_said_to_be_unknown():
     unit = GateUnit("weight", ("weight",), 6, 24)
     seen = CapturedGraph(("weight",), False, GraphPlan((row(gates=("0",)),), (), (0,), 7))
     unseen = CapturedGraph(("weight",), False, None)
-    assert build_plan(model, Config(), [unit], [seen], None).units[0].gated
-    (known_not,) = build_plan(model, Config(), [unit], [unseen], None).units
+    assert build_plan(model, Config(), [unit], [seen], None, open_count=1).units[0].gated
+    (known_not,) = build_plan(model, Config(), [unit], [unseen], None, open_count=1).units
     assert not known_not.gated and "came from a compile cache; slimfit_fx.plan" in known_not.reason

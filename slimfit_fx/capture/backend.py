@@ -37,6 +37,7 @@ class CapturedGraph:
     plan: GraphPlan | None = None
     num_inputs: int = 0
     key: str = ""
+    """Names it in the store of plans; empty for one that is only tried."""
     codes: list[GeneratedCode] = field(default_factory=list, repr=False)
     """What Inductor wrote for it: forward, backward."""
     chosen: Config | None = None
@@ -46,10 +47,13 @@ class CapturedGraph:
     def trace(self) -> StepTrace | str:
         """All memory events of a step through this graph, or why they are not known."""
         if self._trace is None:
-            self._trace = self._dry_run() if len(self.codes) == 2 else load_trace(self.key)
+            self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
         if self._trace is not None:
             return self._trace
         return "no compiled backward of it was seen: run one training step with executor inductor"
+
+    def _kept(self) -> StepTrace | None:
+        return load_trace(self.key) if self.key else None
 
     def _dry_run(self) -> StepTrace | None:
         forward, backward = self.codes
@@ -59,7 +63,8 @@ class CapturedGraph:
             log.warning("the memory of a compiled graph could not be followed", exc_info=True)
             return None
         self.codes.clear()
-        save_trace(self.key, trace)
+        if self.key:
+            save_trace(self.key, trace)
         return trace
 
 

@@ -1,0 +1,110 @@
+"""Predicted against measured peaks of training steps: ``python -m bench.peak``.
+
+Each case (model, depth, batch, length, dtype, preset) trains in a process of its own under ILS. In every measured step
+the prediction (``session.predict_peak()``, made from the generated code and the gates) is held against the allocator's
+events; so is the bound for the worst choice of gates, which no step may exceed. Results go to ``bench/results/peak-*``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from bench import report
+from bench.memory import measure_step
+from bench.models import make_case
+from bench.rivals import Settings, make_trainee
+
+_SMALL = {"width": 256, "heads": 4, "vocab": 2000}
+
+
+def cases(device: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, preset, settings): every model, several presets, both dtypes, two depths, two sizes of the batch."""
+    found = []
+    for (model, preset), (number, dtype) in zip(
+        itertools.product(("bert", "vit", "gpt2", "llama"), ("exact", "balanced", "max", "balanced-open")),
+        itertools.cycle(enumerate(("fp32", "fp32", "bf16"))),
+        strict=False,
+    ):
+        size = {"batch": (4, 8, 6)[number], "length": (128, 64, 96)[number], "layers": (2, 3, 2)[number]}
+        found.append((model, preset, {**_SMALL, **size, "resolution": 128, "dtype": dtype, "device": device}))
+    return found
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measure one case, in this process."""
+    model, preset, settings = cases(options.device)[options.worker]
+    case = make_case(model, **settings)
+    trainee = make_trainee(preset, case, Settings())
+    trainee.step()
+    session: Any = trainee.session
+    rows = []
+    for _ in range(options.steps):
+        trainee.clear()
+        measured, _ = measure_step(trainee, timeline=False)
+        predicted = session.predict_peak()
+        rows.append({"measured": measured["peak_bytes"], "predicted": predicted.peak_bytes})
+        trainee.update()
+    worst = session.plan.peak.worst_bytes
+    report.write_out(options.out, {"case": case.name, "preset": preset, "worst_bound": worst, "steps": rows})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases, print the table, store the results; return 1 with ``--check`` if a bound is missed."""
+    parser = argparse.ArgumentParser("python -m bench.peak", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each case")
+    parser.add_argument("--only", default="", help="only cases whose name and preset contain this text")
+    parser.add_argument("--no-save", action="store_true", help="write no result file")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed or a case failed")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker is not None:
+        work(options)
+        return 0
+    results = []
+    for number, (model, preset, settings) in enumerate(cases(options.device)):
+        name = f"{make_case(model, **settings).name} {preset}"
+        if options.only in name:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            passed_on = ["--device", options.device, "--steps", str(options.steps), "--worker", str(number)]
+            results.append({"name": name, **report.run_worker("bench.peak", passed_on, timeout_s=1800)})
+    return _report(results, options)
+
+
+def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    lines, errors, above = [], [], 0
+    for result in results:
+        if "error" in result:
+            lines.append([result["name"], None, None, None, result["error"][:80]])
+            continue
+        off = [step["predicted"] / step["measured"] - 1 for step in result["steps"]]
+        errors += off
+        most = max(step["measured"] for step in result["steps"])
+        above += most > 1.01 * result["worst_bound"]
+        lines.append([result["name"], most / 1e6, 100 * max(off, key=abs), result["worst_bound"] / 1e6, ""])
+    headers = ["case", "largest peak MB", "largest error %", "bound of the worst choice MB", ""]
+    print(tabulate(lines, headers=headers, floatfmt=("", ".2f", "+.3f", ".2f", ""), missingval="-"))
+    median, worst = (statistics.median(map(abs, errors)), max(map(abs, errors))) if errors else (1.0, 1.0)
+    print(f"\n{len(errors)} steps: median error {median:.3%}, largest {worst:.3%}; peaks above the bound: {above}")
+    limits = (0.01, 0.03) if torch.device(options.device).type == "cuda" else (0.02, 0.06)
+    passed = len(errors) > 0 and median <= limits[0] and worst <= limits[1] and above == 0
+    print(f"median <= {limits[0]:.0%}, largest <= {limits[1]:.0%}, none above: {'PASS' if passed else 'SHORT'}")
+    if not options.no_save:
+        document = {"results": results, "median_error": median, "largest_error": worst, "above_bound": above}
+        path = report.save(f"peak-{options.device}", document, device=options.device, module="bench.peak")
+        print(f"written: {path.name}")
+    failed = not passed or any("error" in result for result in results)
+    return int(options.check and failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
