@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import random
 
-import pytest
 import torch
+from graphs import watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import compile_reference, cosine, differences, equal_bits, optimized, step
 from strategies import Spec, build, inputs, specs
 
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs
-from slimfit_fx.passes import pipeline
 from slimfit_fx.passes.liveness import SERVES
 
 REWRITES = ("simplify_joint", "insert_codecs", "insert_gates", "sink_backward", "hold_recompute")
@@ -90,24 +87,6 @@ def test_no_ghost_is_ever_read(spec, seed):
 
 
 # ---- passes and liveness
-
-
-@contextlib.contextmanager
-def watching(watch):
-    """Call ``watch(step, work)`` after each pass of every compile."""
-    original = pipeline.build_pipeline
-
-    def watched(step):
-        def run(work):
-            count = step.run(work)
-            watch(step, work)
-            return count
-
-        return dataclasses.replace(step, run=run)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "build_pipeline", lambda settings: tuple(map(watched, original(settings))))
-        yield
 
 
 def graphs_of(work) -> list[str]:
