@@ -72,6 +72,10 @@ def find_cones(backward: fx.Graph, gates: Sequence[int], saved: Sequence[fx.Node
     homes, clones = _assign_homes(backward, outputs, roots, plan)
     for index, root in roots.items():
         members = [n for n in backward.nodes if index in homes.get(n, ()) or index in clones.get(n, ())]
+        if not ops.is_getitem(root) and any(_has_any_layout(n) for n in (*members, *_operands(members))):
+            reason = "it is made from the gradient of a convolution, whose layout the compiler picks"
+            plan.refuse_root(root, gates[index], reason)
+            continue
         if _is_worth_a_branch(members, root):
             plan.cones.append(Cone(index, gates[index], root, members, _operands(members)))
         else:
@@ -79,6 +83,11 @@ def find_cones(backward: fx.Graph, gates: Sequence[int], saved: Sequence[fx.Node
             plan.refuse_root(root, gates[index], reason)
     _plan_stashes(plan, backward, saved, min_bytes)
     return plan
+
+
+def _has_any_layout(node: fx.Node) -> bool:
+    maker = node.args[0] if ops.is_getitem(node) and isinstance(node.args[0], fx.Node) else node
+    return ops.picks_its_layout(maker)
 
 
 def _cone_roots(outputs: Sequence[fx.Node | None], gates: Sequence[int], plan: ConePlan) -> dict[int, fx.Node]:

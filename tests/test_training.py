@@ -600,6 +600,23 @@ def test_autocast(preset):
     assert all(g is None or (g.dtype == torch.float32 and g.isfinite().all()) for g in grads.values())
 
 
+@pytest.mark.inductor
+def test_a_convolution_under_autocast():
+    """Its weight gradient is cast behind it; Inductor picks the layout, so that it cannot end a branch."""
+    torch.manual_seed(0)
+    patches = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 4, stride=4), torch.nn.Flatten(), torch.nn.Linear(256, 5))
+    model, session = optimized(patches, executor="inductor", preset="balanced", scheduler="none", units=["0.weight"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(4, 3, 16, 16)).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    session.freeze("0.weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        model.zero_grad()
+        model(torch.randn(4, 3, 16, 16)).float().square().mean().backward()
+    assert model[0].weight.grad is None and model[2].weight.grad is not None
+
+
 def test_a_bfloat16_model():
     model, session, compiled, reference = pair(make=lambda: Tiny().bfloat16())
     loss, grads = step(model, model, tokens())

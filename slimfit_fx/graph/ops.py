@@ -146,6 +146,11 @@ def is_symbol(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def picks_its_layout(node: fx.Node) -> bool:
+    """Whether the compiler may lay its results out in other strides than were traced (channels last)."""
+    return op_name(node) in {"convolution_backward", "convolution", "_convolution"}
+
+
 def reads_shape_only(node: fx.Node) -> bool:
     """Whether it asks for sizes or strides and reads no element: it may read a ghost."""
     return op_name(node) in {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset"}
