@@ -22,6 +22,8 @@ from torch import fx
 import slimfit_fx.runtime.ghosts
 import slimfit_fx.runtime.hold  # noqa: F401  (registers the operators)
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.canonical import graph_text
+from slimfit_fx.graph.symbols import missing_symbols
 from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan
 from slimfit_fx.passes.saved import Seam
 
@@ -44,8 +46,9 @@ def insert_gates(seam: Seam, plan: ConePlan, gate_inputs: Mapping[int, fx.Node],
     for gate in used:
         here[gate].meta[GATE] = there[gate].meta[GATE] = gate
     _insert_stashes(seam, plan, here, debug)
+    known: dict[str, str] = {}
     for cone in plan.cones:
-        _insert_branch(seam.backward, cone, there[cone.gate], debug)
+        _insert_branch(seam.backward, cone, there[cone.gate], known, debug)
     seam.backward.graph.eliminate_dead_code()
     for graph_module in (seam.forward, seam.backward):
         graph_module.graph.lint()
@@ -90,14 +93,16 @@ def _replace_in_plan(plan: ConePlan, old: fx.Node, new: fx.Node) -> None:
         cone.operands = [new if n is old else n for n in cone.operands]
 
 
-def _insert_branch(backward: fx.GraphModule, cone: Cone, gate: fx.Node, debug: bool) -> None:
+def _insert_branch(backward: fx.GraphModule, cone: Cone, gate: fx.Node, known: dict[str, str], debug: bool) -> None:
     graph, val = backward.graph, cone.root.meta["val"]
-    operands = _with_symbols(graph, [_laid_out(graph, n) for n in cone.operands])
+    operands = [_laid_out(graph, n) for n in cone.operands]
+    operands += missing_symbols(graph, operands, operands)[0]
     open_graph = _open_branch(cone, operands)
     closed_graph = _closed_branch(val, operands, debug)
-    names = [f"cone_{cone.output}_open", f"cone_{cone.output}_closed"]
-    for name, branch in zip(names, (open_graph, closed_graph), strict=True):
-        backward.add_submodule(name, fx.GraphModule({}, branch))
+    names = [
+        _branch_module(backward, known, branch, f"cone_{cone.output}_{side}")
+        for side, branch in (("open", open_graph), ("closed", closed_graph))
+    ]
     with graph.inserting_before(_earliest(graph, [gate, *operands])):
         branches = [graph.get_attr(name) for name in names]
         call = graph.call_function(torch.ops.higher_order.cond, (gate, *branches, tuple(operands)))
@@ -111,6 +116,15 @@ def _insert_branch(backward: fx.GraphModule, cone: Cone, gate: fx.Node, debug: b
     output.args = (tuple(grad if n is cone.root else n for n in results),)
 
 
+def _branch_module(backward: fx.GraphModule, known: dict[str, str], branch: fx.Graph, name: str) -> str:
+    """The name of a module that does what ``branch`` does: branches that are alike are compiled once."""
+    text = f"{name.rsplit('_', 1)[1]} {graph_text(branch.nodes)}"
+    if text not in known:
+        backward.add_submodule(name, fx.GraphModule({}, branch))
+        known[text] = name
+    return known[text]
+
+
 def _earliest(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Node:
     """The first node before which all ``inputs`` are known: an early branch frees its operands early."""
     position = {n: i for i, n in enumerate(graph.nodes)}
@@ -119,29 +133,6 @@ def _earliest(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Node:
     while following.op == "placeholder":
         following = following.next
     return following
-
-
-def _with_symbols(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
-    """Add the symbols in the operands' shapes, which a branch must receive as operands of its own."""
-    wanted = {s for n in operands if ops.is_tensor(n) for s in _free_symbols(n)}
-    if not wanted:
-        return operands
-    known = {
-        next(iter(_symbols_of(n.meta["val"]))): n
-        for n in graph.find_nodes(op="placeholder")
-        if ops.is_symbol(n) and isinstance(n.meta["val"], torch.SymInt) and n.meta["val"].node.expr.is_symbol
-    }
-    extra = [known[s] for s in sorted(wanted, key=str) if s in known and known[s] not in operands]
-    return operands + extra
-
-
-def _symbols_of(value: torch.SymInt | int) -> set[object]:
-    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
-
-
-def _free_symbols(node: fx.Node) -> set[object]:
-    val = node.meta["val"]
-    return set().union(*(_symbols_of(s) for s in (*val.shape, *val.stride(), val.storage_offset())))
 
 
 def _laid_out(graph: fx.Graph, operand: fx.Node) -> fx.Node:

@@ -21,6 +21,7 @@ from slimfit_fx.passes.hold_recompute import hold_recompute
 from slimfit_fx.passes.insert_codecs import insert_codecs
 from slimfit_fx.passes.insert_gates import GATES, insert_gates
 from slimfit_fx.passes.liveness import SERVES, tag_liveness
+from slimfit_fx.passes.outline_repeats import outline_repeats
 from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.sink_backward import sink_backward
@@ -43,6 +44,8 @@ class Settings:
     decompositions: dict[Any, Any]
     disabled: tuple[str, ...] = ()
     recompute_price: float = 1.0
+    outline: bool = True
+    """Whether identical blocks become calls of one subgraph: of use to a compiler, of none to the interpreter."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Work:
     planning: Planning | None = None
     seam: Seam | None = None
     cones: ConePlan = field(default_factory=ConePlan)
+    plan: GraphPlan | None = None
 
     def pair(self) -> Seam:
         """The forward/backward pair; only after ``split_joint``."""
@@ -91,12 +95,24 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         Pass("sink_backward", "gated", lambda w: sink_backward(w.pair().backward)),
         # on the final order, so that each decode waits for what really comes before it
         Pass("hold_recompute", "gated", lambda w: hold_recompute(w.pair().backward, holdable_placeholders(w.pair()))),
+        # while every value still has its node
+        Pass("describe_plan", "gated", _describe, needed=True),
+        # last: a block hides what it holds from every other pass
+        Pass("outline_repeats", "outlined", lambda w: _outline(w.pair()) if settings.outline else 0),
     )
 
 
 def pass_names() -> tuple[str, ...]:
     """Names of the passes that may be switched off."""
-    return ("simplify_joint", "plan_saved_values", "insert_codecs", "insert_gates", "sink_backward", "hold_recompute")
+    return (
+        "simplify_joint",
+        "plan_saved_values",
+        "insert_codecs",
+        "insert_gates",
+        "sink_backward",
+        "hold_recompute",
+        "outline_repeats",
+    )
 
 
 def run_pipeline(
@@ -130,7 +146,8 @@ def run_pipeline(
         if settings.debug:
             _dump(step.name, work)
     seam = work.pair()
-    return seam.forward, seam.backward, describe_plan(seam, work.cones, work.planning, layout)
+    assert work.plan is not None
+    return seam.forward, seam.backward, work.plan
 
 
 def _graphs(work: Work) -> tuple[fx.Graph, ...]:
@@ -182,6 +199,15 @@ def _plan(work: Work, settings: Settings) -> int:
     )
     work.planning = planner.plan()
     return tag_cut(work.joint.module, work.planning)
+
+
+def _describe(work: Work) -> int:
+    work.plan = describe_plan(work.pair(), work.cones, work.planning, work.joint.layout)
+    return 0
+
+
+def _outline(seam: Seam) -> int:
+    return outline_repeats(seam.forward) + outline_repeats(seam.backward)
 
 
 def _split(work: Work) -> int:

@@ -1,21 +1,24 @@
 """The legal graph, stage by stage. One function per rule; the runner checks all rules of a stage after every pass.
 
 Stages: ``captured`` (a joint graph), ``split`` (forward and backward), ``compressed`` (codecs inserted), ``gated``
-(branches and ghosts). A rule yields what is wrong, in words; the runner turns that into an ``IllegalGraphError`` that
-names the pass.
+(branches and ghosts), ``outlined`` (what repeats became calls of blocks). A rule yields what is wrong, in words; the
+runner turns that into an ``IllegalGraphError`` that names the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.canonical import value_text
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import CONE, GATE, GATES, RELEASE
+from slimfit_fx.passes.outline_repeats import INVOKE, owner
 from slimfit_fx.passes.saved import Seam
 
 STASH = torch.ops.slimfit_fx.stash.default
@@ -217,6 +220,44 @@ def _result_escapes(call: fx.Node) -> Iterator[str]:
                 yield f"gradient {element.name} of a gated unit is read by another node: {escaped[0]}"
 
 
+# -- outlined ----------------------------------------------------------------------------------------------------------
+def rule_blocks_are_called_alike(seam: Seam) -> Iterator[str]:
+    """Every call of a block gives it operands of the shapes, strides and dtypes that it was made for."""
+    for call, body in _block_calls(seam):
+        inputs = body.graph.find_nodes(op="placeholder")
+        given = call.args[2:]
+        if len(inputs) != len(given):
+            yield f"call {call.name} gives {len(given)} operands to a block of {len(inputs)}"
+        for operand, placeholder in zip(given, inputs, strict=False):
+            if value_text(operand.meta.get("val")) != value_text(placeholder.meta.get("val")):
+                yield f"call {call.name}: operand {operand.name} is not what {placeholder.name} stands for"
+
+
+def rule_blocks_return_memory_of_their_own(seam: Seam) -> Iterator[str]:
+    """No result of a block shares memory with an operand or with another result."""
+    for call, body in _block_calls(seam):
+        results = list(body.graph.output_node().args[0])
+        owners = [owner(node) for node in results]
+        for node in owners:
+            if node.op == "placeholder":
+                yield f"call {call.name} returns memory of its operand {node.name}"
+        if len(set(owners)) < len(results):
+            yield f"call {call.name} returns one piece of memory twice"
+
+
+def rule_blocks_lint(seam: Seam) -> Iterator[str]:
+    """Blocks are well-formed by torch.fx's own lint."""
+    for body, name in {body: str(call.args[0].target) for call, body in _block_calls(seam)}.items():
+        yield from _lint(name, body.graph)
+
+
+def _block_calls(seam: Seam) -> Iterator[tuple[Any, Any]]:
+    """Each call of a block and the block."""
+    for module in (seam.forward, seam.backward):
+        for call in module.graph.find_nodes(op="call_function", target=INVOKE):
+            yield call, getattr(module, str(call.args[0].target))
+
+
 def _saved(seam: Seam) -> list[tuple[fx.Node, fx.Node]]:
     """The saved pairs; none if a placeholder is missing, of which ``rule_seam_agrees`` speaks."""
     try:
@@ -249,5 +290,12 @@ SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
         rule_ghosts_reach_only_their_cones,
         rule_stash_outputs_are_only_saved,
         rule_branches_are_closed,
+    ),
+    # blocks hide what the earlier rules look at, and change nothing of it
+    "outlined": (
+        rule_graphs_lint,
+        rule_blocks_lint,
+        rule_blocks_are_called_alike,
+        rule_blocks_return_memory_of_their_own,
     ),
 }

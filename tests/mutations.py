@@ -16,6 +16,7 @@ from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes import verify
 from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import CONE, GATE, GATES, RELEASE
+from slimfit_fx.passes.outline_repeats import INVOKE
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.verify import COND, STASH
 
@@ -399,5 +400,60 @@ def _return_from_branch(seam: Seam, result: Callable[[fx.GraphModule, fx.Node], 
         module = getattr(seam.backward, branch.args[1].target)
         operand = module.graph.find_nodes(op="placeholder")[0]
         module.graph.output_node().args = ((result(module, operand),),)
+        return True
+    return False
+
+
+# ---- outlined
+
+
+def _blocks(seam: Seam) -> list[tuple[fx.Node, fx.GraphModule]]:
+    modules = (seam.forward, seam.backward)
+    return [
+        (call, getattr(module, call.args[0].target))
+        for module in modules
+        for call in module.graph.find_nodes(op="call_function", target=INVOKE)
+    ]
+
+
+@breaks(verify.rule_blocks_lint, "outlined", "block_0 graph does not lint: .*used before it has been defined")
+def block_reads_what_is_not_there_yet(seam: Seam) -> bool:
+    return any(_put_before_its_input(body.graph) for _, body in _blocks(seam)[:1])
+
+
+@breaks(verify.rule_blocks_are_called_alike, "outlined", r"call invoke_subgraph.* gives \d+ operands to a block of \d+")
+def block_gets_an_operand_too_many(seam: Seam) -> bool:
+    for call, _ in _blocks(seam):
+        call.args = (*call.args, call.args[2])
+        return True
+    return False
+
+
+@breaks(verify.rule_blocks_are_called_alike, "outlined", "call invoke_subgraph.*: operand .* is not what operand_")
+def block_gets_an_operand_of_another_shape(seam: Seam) -> bool:
+    for call, _ in _blocks(seam):
+        first, *rest = call.args[2:]
+        other = next((n for n in rest if n.meta["val"].shape != first.meta["val"].shape), None)
+        if other is not None:
+            call.args = (*call.args[:2], other, *rest)
+            return True
+    return False
+
+
+@breaks(verify.rule_blocks_return_memory_of_their_own, "outlined", "returns memory of its operand operand_")
+def block_returns_a_view_of_an_operand(seam: Seam) -> bool:
+    for _, body in _blocks(seam):
+        operand = next(n for n in body.graph.find_nodes(op="placeholder") if n.meta["val"].dim() == 2)
+        results = body.graph.output_node().args[0]
+        body.graph.output_node().args = ((_call(body, ATEN.permute.default, operand, [1, 0]), *results[1:]),)
+        return True
+    return False
+
+
+@breaks(verify.rule_blocks_return_memory_of_their_own, "outlined", "returns one piece of memory twice")
+def block_returns_a_result_twice(seam: Seam) -> bool:
+    for _, body in _blocks(seam):
+        results = body.graph.output_node().args[0]
+        body.graph.output_node().args = ((results[0], results[0], *results[2:]),)
         return True
     return False

@@ -38,6 +38,8 @@ def test_the_order_of_the_passes():
         ("insert_gates", "gated", False),
         ("sink_backward", "gated", False),
         ("hold_recompute", "gated", False),
+        ("describe_plan", "gated", True),
+        ("outline_repeats", "outlined", False),
     ]
 
 
@@ -170,7 +172,7 @@ def test_debug_dumps_the_graphs_after_each_pass(caplog):
     step(model, model, chain_input())
     dumps = [record.getMessage() for record in caplog.records if record.name == "slimfit_fx.passes.graphs"]
     heads = [text.split(":\n")[0].removeprefix("after ") for text in dumps]
-    joint, pair = ["simplify_joint", "tag_liveness", "plan_saved_values"], ["split_joint", *pass_names()[2:]]
+    joint, pair = ["simplify_joint", "tag_liveness", "plan_saved_values"], [step.name for step in listed()[3:]]
     assert heads == [*joint, *(name for name in pair for _ in ("forward", "backward"))]
     assert all("graph():" in text for text in dumps)
     assert "slimfit_fx.stash" in dumps[-2] and "higher_order.cond" in dumps[-1]

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch._inductor.codegen.wrapper as wrapper_module
+from torch import fx
+
+from slimfit_fx.graph.joint import nbytes
 
 _ESTIMATE = "EfficientPeakEstimate"
 
@@ -68,7 +71,7 @@ def _corrected(original: Any) -> type:
 
 
 def _branch_result_bytes(node: Any) -> int:
-    """Bytes that a scheduler node allocates for the results of a ``cond``."""
+    """Bytes that a scheduler node allocates for the results of a ``cond``, its own or those of a block it calls."""
     from torch._inductor import ir
     from torch._inductor.memory import compute_size_for_scheduler_buffer
 
@@ -76,4 +79,16 @@ def _branch_result_bytes(node: Any) -> int:
     for buffer in node.get_outputs():
         if isinstance(buffer.node, ir.Conditional):
             total += compute_size_for_scheduler_buffer({buffer.get_name(): buffer})[buffer.get_name()][0]
+        elif isinstance(buffer.node, ir.InvokeSubgraph):
+            total += _block_result_bytes(buffer.node)
     return total
+
+
+def _block_result_bytes(block: Any) -> int:
+    """Bytes of what a block returns straight out of its branches."""
+    results = block.subgraph.graph_module.graph.output_node().args[0]
+    return sum(
+        nbytes(node)
+        for node in results
+        if isinstance(node, fx.Node) and str(node.target) == "slimfit_fx.release.default"
+    )

@@ -10,6 +10,7 @@ gates, before a byte is allocated.
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from slimfit_fx.graph.joint import hint
 from slimfit_fx.planning.peak import Event, StepTrace
 
 Wrapper = Callable[[list[Any]], Sequence[Any]]
+_BRANCH = re.compile(r"(^|_)cone_\d+_open$")
+"""Functions of open branches; those within a block carry the block's name in front."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +379,7 @@ def load_wrapper(source: str, run: DryRun) -> Wrapper:
         size, stride, dtype, device
     )
     names["reinterpret_tensor"] = lambda x, size, stride, offset=0: x.like(size, stride)
-    for name in [n for n in names if n.startswith("cone_") and n.endswith("_open")]:
+    for name in [n for n in names if _BRANCH.search(n)]:
         names[name] = run.inside_branch(names[name])
     names["extern_kernels"] = _ExternKernels(names["extern_kernels"])
     call: Wrapper = names["call"]

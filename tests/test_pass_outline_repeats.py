@@ -1,0 +1,345 @@
+"""outline_repeats: identical blocks become calls of one subgraph, and compute the same."""
+
+from __future__ import annotations
+
+import operator
+import re
+
+import pytest
+import torch
+from graphs import (
+    ATEN,
+    Bench,
+    Sketch,
+    calls,
+    module_texts,
+    names,
+    run_pair,
+    stopped_after,
+    unequal,
+    values,
+    watching,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import differences, equal_bits, optimized, step
+from small_models import Tiny, tokens
+from torch import fx
+
+from slimfit_fx.graph.canonical import graph_text, node_text
+from slimfit_fx.graph.repeats import find_run
+from slimfit_fx.passes import outline_repeats as pass_
+from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
+from slimfit_fx.passes.verify import verify_seam
+
+MUL, ADD, MM, NEG, PERMUTE = ATEN.mul.Tensor, ATEN.add.Tensor, ATEN.mm.default, ATEN.neg.default, ATEN.permute.default
+
+
+@pytest.fixture(autouse=True)
+def every_repeat_counts(monkeypatch):
+    monkeypatch.setattr(pass_, "FEWEST_SAVED", 4)
+
+
+def layer(s: Sketch, x: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(what the next layer reads, what is kept)."""
+    kept = s.call(MM, x, weight)
+    return s.call(ADD, s.call(MUL, s.call(NEG, kept), 2.0), x), kept
+
+
+def stack(depth: int, *, symbolic: bool = False) -> fx.GraphModule:
+    """Layers of four operators, an embedding-like first and a loss-like last operator."""
+    s = Sketch()
+    x = s.input("x", 6, 4, symbolic=symbolic)
+    weights = [s.input(f"w{i}", 4, 4) for i in range(depth)]
+    x = s.call(ATEN.exp.default, x)
+    kept = []
+    for weight in weights:
+        x, value = layer(s, x, weight)
+        kept.append(value)
+    return s.returns(s.call(ATEN.sum.default, x), *kept)
+
+
+def flat(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with every block written out again where it is called."""
+    graph, env = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is INVOKE:
+            body = getattr(module, node.args[0].target)
+            inner = {}
+            for p, operand in zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True):
+                inner[p] = env[operand]
+            env[node] = graph.graph_copy(body.graph, inner)
+        elif node.op == "call_function" and node.target is operator.getitem and node.args[0].target is INVOKE:
+            env[node] = env[node.args[0]][node.args[1]]
+        elif node.op == "get_attr" and isinstance(getattr(module, node.target), fx.GraphModule):
+            env[node] = None if all(u.target is INVOKE for u in node.users) else graph.get_attr(node.target)
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(module, graph)
+
+
+def kinds(module: fx.GraphModule) -> list[str]:
+    """What the graph computes, in order, without names; seeds aside, which outlining moves."""
+    nodes = [n for n in module.graph.nodes if n.op == "call_function" and "seed" not in str(n.target)]
+    return [re.sub(r"-> .*", "", node_text(n)) for n in nodes]
+
+
+# ---- it rewrites
+
+
+def test_layers_become_calls_of_one_block():
+    module = stack(5)
+    before = kinds(module)
+    assert outline_repeats(module) == 5
+    (body,) = [part for _, part in module.named_children()]
+    invoked = calls(module.graph, INVOKE)
+    assert len({call.args[1] for call in invoked}) == 1 and len(body.graph.find_nodes(op="placeholder")) == 2
+    assert [
+        n.name for n in module.graph.nodes if n.op == "call_function" and n.target not in (INVOKE, operator.getitem)
+    ]
+    assert kinds(flat(module)) == before
+
+
+def test_the_same_numbers():
+    plain, outlined = stack(5), stack(5)
+    assert outline_repeats(outlined)
+    given_ = values(plain.graph)
+    assert unequal(plain(*given_), outlined(*given_)) == []
+
+
+def test_two_towers_become_two_blocks():
+    s = Sketch()
+    x, y = s.input("x", 6, 4), s.input("y", 6, 4)
+    w = s.input("w", 4, 4)
+    for _ in range(4):
+        x = s.call(ADD, s.call(MUL, s.call(MM, x, w), 2.0), x)
+    for _ in range(4):
+        y = s.call(ATEN.tanh.default, s.call(MM, s.call(NEG, y), w))
+    module = s.returns(x, y)
+    assert outline_repeats(module) == 8
+    assert {c.args[0].target for c in calls(module.graph, INVOKE)} == {"block_0", "block_1"}
+
+
+def test_symbolic_sizes_are_operands():
+    module = stack(4, symbolic=True)
+    if not any(isinstance(n.meta["val"], torch.SymInt) for n in module.graph.find_nodes(op="placeholder")):
+        assert outline_repeats(module) == 0, "no input brings the symbol"
+
+
+# ---- it leaves alone
+
+
+def test_what_does_not_repeat_stays():
+    module = stack(1)
+    before = module_texts(module)
+    assert outline_repeats(module) == 0 and module_texts(module) == before
+
+
+def test_a_second_run_changes_nothing():
+    module = stack(5)
+    outline_repeats(module)
+    before = module_texts(module)
+    assert outline_repeats(module) == 0 and module_texts(module) == before
+
+
+def test_layers_with_another_constant_stay_out():
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    for index in range(6):
+        x = s.call(ADD, s.call(MUL, s.call(MM, x, w), 2.0 if index < 4 else 3.0 + index), x)
+    module = s.returns(x)
+    assert outline_repeats(module) == 4
+
+
+def test_a_layer_that_is_wired_otherwise_does_not_spoil_the_others():
+    """The third layer multiplies by the input of the second."""
+    s = Sketch()
+    x, w = s.input("x", 4, 4), s.input("w", 4, 4)
+    inputs = []
+    for index in range(6):
+        inputs.append(x)
+        a = s.call(NEG, s.call(MM, x, w))
+        b = s.call(MUL, a, a if index != 2 else inputs[1])
+        x = s.call(ADD, b, x)
+    plain = s.returns(x)
+    expected = plain(*values(plain.graph))
+    outline_repeats(plain)
+    assert len(calls(plain.graph, INVOKE)) >= 3
+    assert torch.equal(expected[0], plain(*values(plain.graph))[0])
+
+
+def test_nothing_moves_across_a_write():
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    for _ in range(4):
+        x = s.call(ADD, s.call(NEG, s.call(MM, x, w)), x)
+        s.graph.call_function(ATEN.add_.Tensor, (w, 1.0)).meta["val"] = w.meta["val"]
+    assert outline_repeats(s.returns(x)) == 0
+
+
+# ---- memory of its own
+
+
+def test_a_view_of_an_operand_is_made_outside():
+    s = Sketch()
+    x, w = s.input("x", 4, 4), s.input("w", 4, 4)
+    kept = []
+    for _ in range(5):
+        kept.append(s.call(PERMUTE, x, [1, 0]))
+        x = s.call(NEG, s.call(MUL, s.call(MM, kept[-1], w), 2.0))
+    module = s.returns(x, *kept)
+    expected = module(*values(module.graph))
+    assert outline_repeats(module) >= 3
+    assert unequal(expected, module(*values(module.graph))) == []
+    for _, body in module.named_children():
+        owners = [pass_.owner(n) for n in body.graph.output_node().args[0]]
+        assert len(set(owners)) == len(owners) and all(n.op != "placeholder" for n in owners)
+
+
+def test_two_views_of_one_value_are_made_outside():
+    s = Sketch()
+    x, w = s.input("x", 4, 4), s.input("w", 4, 4)
+    kept = []
+    for _ in range(5):
+        product = s.call(MM, x, w)
+        kept += [s.call(PERMUTE, product, [1, 0]), s.call(ATEN.view.default, product, [16])]
+        x = s.call(NEG, s.call(MUL, product, 2.0))
+    module = s.returns(x, *kept)
+    expected = module(*values(module.graph))
+    assert outline_repeats(module) >= 3
+    assert unequal(expected, module(*values(module.graph))) == []
+    (body,) = [part for _, part in module.named_children()]
+    owners = [pass_.owner(n) for n in body.graph.output_node().args[0]]
+    assert len(set(owners)) == len(owners)
+
+
+# ---- whole models
+
+
+def outlined(depth: int, preset: str) -> tuple[Bench, Bench]:
+    """(the pair before, the same pair outlined)."""
+    before = stopped_after("describe_plan", Tiny(depth=depth), tokens(), preset=preset, executor="inductor")
+    after = stopped_after("describe_plan", Tiny(depth=depth), tokens(), preset=preset, executor="inductor")
+    seam = after.work.pair()
+    assert outline_repeats(seam.forward) and outline_repeats(seam.backward)
+    return before, after
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "max"])
+def test_a_model_outlined_gives_the_same_bits_whatever_the_gates(preset):
+    before, after = outlined(5, preset)
+    verify_seam("outlined", after.work.pair())
+    gates = [n.name for n in before.work.pair().forward.graph.find_nodes(op="placeholder") if "slimfit_gate" in n.meta]
+    for closed in ((), gates, gates[::2], gates[1::3]):
+        expected_user, expected = run_pair(before.work.pair(), closed=closed)
+        user, found = run_pair(after.work.pair(), closed=closed)
+        assert unequal(expected_user, user) == []
+        held = [i for i, g in enumerate(expected) if g is not None and g.untyped_storage().nbytes()]
+        assert unequal([expected[i] for i in held], [found[i] for i in held]) == []
+
+
+def test_what_is_compiled_does_not_grow_with_depth():
+    sizes = {}
+    for depth in (6, 12):
+        seam = outlined(depth, "balanced")[1].work.pair()
+        bodies = [part for m in (seam.forward, seam.backward) for _, part in m.named_children()]
+        sizes[depth] = sum(len(p.graph.nodes) for p in bodies), len(calls(seam.backward.graph, INVOKE))
+    assert sizes[6][0] == sizes[12][0] and sizes[12][1] == sizes[6][1] + 6
+
+
+def test_written_out_again_it_is_the_graph_it_was():
+    before, after = outlined(4, "balanced")
+    for old, new in zip(
+        (before.work.pair().forward, before.work.pair().backward),
+        (after.work.pair().forward, after.work.pair().backward),
+        strict=True,
+    ):
+        assert sorted(kinds(flat(new))) == sorted(kinds(old))
+
+
+# ---- generated graphs
+
+
+@st.composite
+def stacks(draw) -> tuple[list[tuple[int, ...]], int]:
+    """A recipe of one layer (operator, arguments by distance) and how often it comes."""
+    size = draw(st.integers(2, 7))
+    recipe = [(draw(st.integers(0, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in range(size)]
+    return recipe, draw(st.integers(2, 5))
+
+
+def operation(s: Sketch, kind: int, a: fx.Node, b: fx.Node) -> fx.Node:
+    if kind < 2:
+        return s.call((MM, ADD)[kind], a, b)
+    if kind == 2:
+        return s.call(PERMUTE, a, [1, 0])
+    return s.call(ATEN.sigmoid.default, a) if kind == 3 else s.call(ATEN._unsafe_view.default, a, [4, 4])
+
+
+@settings(deadline=None, max_examples=150)
+@given(stacks(), st.lists(st.integers(0, 40), max_size=6))
+def test_any_stack_computes_the_same(drawn, returned):
+    recipe, depth = drawn
+    s = Sketch()
+    made = [s.input("x", 4, 4), s.input("y", 4, 4), s.call(NEG, s.input("z", 4, 4))]
+    for _ in range(depth):
+        for kind, left, right in recipe:
+            made.append(operation(s, kind, made[-min(left, len(made))], made[-min(right, len(made))]))
+    module = s.returns(made[-1], *(made[i % len(made)] for i in returned))
+    expected = module(*values(module.graph))
+    before = sorted(kinds(module))
+    outline_repeats(module)
+    module.graph.lint()
+    assert unequal(expected, module(*values(module.graph))) == []
+    extra = len(kinds(flat(module))) - len(before)
+    assert extra >= 0, "views may be made twice, nothing may be lost"
+    for _, body in module.named_children():
+        owners = [pass_.owner(n) for n in body.graph.output_node().args[0]]
+        assert len(set(owners)) == len(owners) and all(n.op != "placeholder" for n in owners)
+
+
+# ---- the Inductor route
+
+
+def batch(count: int, dynamic: bool) -> tuple[torch.Tensor, ...]:
+    found = tokens(batch=count)
+    if dynamic:
+        for tensor in found:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    return found
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_blocks_give_the_bits_of_compiled_layers(dynamic):
+    """And close to what torch.compile gives, whose kernels are cut otherwise."""
+    settings_ = {"preset": "exact", "scheduler": "none", "executor": "inductor", "min_bytes": 0}
+    with watching(lambda step_, work: seen.append(work) if step_.name == "outline_repeats" else None):
+        seen: list = []
+        model, session = optimized(Tiny(depth=3), **settings_)
+        plain, other = optimized(Tiny(depth=3), disabled_passes=("outline_repeats",), **settings_)
+        for count, closed in ((4, set()), (6 if dynamic else 4, {"blocks.2.up.weight", "blocks.1.norm1.weight"})):
+            for one in (session, other):
+                one.unfreeze()
+                if closed:
+                    one.freeze(tuple(closed))
+            loss, grads = step(model, model, batch(count, dynamic))
+            expected_loss, expected = step(plain, plain, batch(count, dynamic))
+            assert equal_bits(expected_loss, loss)
+            assert differences(expected, grads, closed=closed) == []
+    assert (session.compiles, session.recompiles) == (1, 0)
+    (work,) = seen
+    assert calls(work.pair().forward.graph, INVOKE) and calls(work.pair().backward.graph, INVOKE)
+
+
+def test_texts_tell_graphs_apart():
+    one, other = stack(2), stack(3)
+    assert graph_text(one.graph.nodes) == graph_text(stack(2).graph.nodes) != graph_text(other.graph.nodes)
+
+
+def test_the_run_that_saves_most_is_found():
+    nodes = [n for n in stack(6).graph.nodes if n.op == "call_function"]
+    run = find_run(nodes, fewest_saved=4)
+    assert run is not None and run.period == 4 and run.saved == 20
+    assert find_run(nodes, fewest_saved=21) is None
+    assert names(nodes[run.start : run.start + 1])
