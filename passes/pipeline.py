@@ -44,6 +44,7 @@ class Settings:
     decompositions: dict[Any, Any]
     disabled: tuple[str, ...] = ()
     recompute_price: float = 1.0
+    recompute: str = "cheap"
     outline: bool = True
     """Whether identical blocks become calls of one subgraph: of use to a compiler, of none to the interpreter."""
 
@@ -196,6 +197,7 @@ def _plan(work: Work, settings: Settings) -> int:
         freeze_rate=settings.freeze_rate,
         min_bytes=settings.min_bytes,
         recompute_price=settings.recompute_price,
+        recompute=settings.recompute,
     )
     work.planning = planner.plan()
     return tag_cut(work.joint.module, work.planning)

@@ -58,6 +58,7 @@ PRESETS: dict[str, CodecTable] = {
 }
 LOSSLESS_PRESETS = frozenset({"exact"})
 EXECUTORS = ("inductor", "interpreter")
+RECOMPUTE = ("cheap", "products", "blocks")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Config:
     memory_budget: int | float | str | None = None
     """Upper bound on all that a training step holds on the device: bytes, ``"6GiB"``, or a share of the device's memory
     in (0, 1]. The least lossy plan that fits is taken, up to ``preset``; if none fits, the first step raises."""
+    recompute: str = "cheap"
+    """What may be computed again for backward: ``"cheap"`` (pointwise work, norms, attention scores), ``"products"``
+    (matrix products too where that saves more than it costs) or ``"blocks"`` (whole blocks from what enters them, like
+    gradient checkpointing). The results are the same; less is saved and a step takes longer."""
     recompute_price: float = 1.0
     """How dear it is to compute a value again, against the bytes of saving it; a lower price saves less."""
 
@@ -157,6 +162,7 @@ class Config:
             "disabled_passes": sorted(set(self.disabled_passes)),
             "freeze_rate": round(self.freeze_rate, 4),
             "recompute_price": self.recompute_price,
+            "recompute": self.recompute,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -234,7 +240,7 @@ def _check_units(config: Config) -> Iterable[str]:
 
 
 def _check_choices(config: Config) -> Iterable[str]:
-    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES)):
+    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES), ("recompute", RECOMPUTE)):
         value = getattr(config, name)
         if not isinstance(value, str):
             yield _WrongType(f"{name} must be a string, one of {sorted(legal)}, got {value!r}")

@@ -129,6 +129,7 @@ def settings_of(config: Config) -> Settings:
         decompositions=select_decomp_table(),
         disabled=config.disabled_passes,
         recompute_price=config.recompute_price,
+        recompute=config.recompute,
         outline=config.executor == "inductor",
     )
 

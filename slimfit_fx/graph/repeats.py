@@ -64,6 +64,13 @@ def cuts(nodes: Sequence[fx.Node], run: Run) -> Iterator[list[Window]]:
             yield alike
 
 
+def crossing_into(nodes: Sequence[fx.Node], window: Window) -> list[fx.Node]:
+    """Values that are made before ``window`` begins and read in it or behind it."""
+    position = {node: index for index, node in enumerate(nodes)}
+    start = position[window[0]]
+    return [n for n in nodes[:start] if any(position.get(user, -1) >= start for user in n.users)]
+
+
 def _kinds(nodes: Sequence[fx.Node]) -> list[int]:
     numbers: dict[str, int] = {}
     return [numbers.setdefault(node_text(node, _get_attr_name), len(numbers)) for node in nodes]

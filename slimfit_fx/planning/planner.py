@@ -16,6 +16,7 @@ from torch import fx
 from slimfit_fx.codecs import Codec, ValueSpec
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
+from slimfit_fx.graph.repeats import crossing_into, cuts, find_run
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 
@@ -26,6 +27,13 @@ _PRICE_PER_BYTE = {"pointwise": 0.004, "transcendental": 0.008, "reduction": 0.0
 _TRANSCENDENTAL = {"erf", "exp", "tanh", "sigmoid", "log", "gelu", "silu", "pow", "sin", "cos"}
 _FLOPS_PER_BYTE = 2000.0
 """Price of a product of two activations (attention scores): so many operations cost as much as one saved byte."""
+_ANY_PRODUCT_FLOPS_PER_BYTE = {"products": 1000.0, "blocks": 1e7}
+"""The same for any product where products may run again. The bytes that a product with inner size K saves are worth K/2
+operations each: at 1000, products over 768 elements run again and those over 3072 do not."""
+_FEWEST_REPEATED = 16
+"""Nodes that must come again for a stretch of the forward to count as a repeated block."""
+_BLOCKS_DISCOUNT = 1e-3
+"""What running a cheap operator again costs where whole blocks are computed again, against its usual price."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class Planner:
     """Plans one joint graph.
 
     ``codec_for(kind)`` is the preset's table; ``min_bytes`` leaves small values alone; ``recompute_price`` multiplies
-    every price of running an operator again.
+    every price of running an operator again. ``recompute``: what may run again at all, see ``Config.recompute``. Beyond
+    ``"cheap"`` the values that pass from one repeated block to the next are always saved, so that no chain of
+    recomputation runs through several blocks.
     """
 
     def __init__(
@@ -103,8 +113,9 @@ class Planner:
         freeze_rate: float,
         min_bytes: int,
         recompute_price: float = 1.0,
+        recompute: str = "cheap",
     ) -> None:
-        self.recompute_price = recompute_price
+        self.recompute_price, self.recompute = recompute_price, recompute
         self.joint, self.serves_of = joint, serves_of
         self.codec_for, self.freeze_rate, self.min_bytes = codec_for, freeze_rate, min_bytes
         self.backward, self.forward = backward_closure(joint), forward_needs(joint)
@@ -115,6 +126,7 @@ class Planner:
         }
         self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
         self.tainted = mask_tainted(joint.graph)
+        self.boundaries = set() if recompute == "cheap" else self._boundaries()
         self._decisions: dict[fx.Node, Decision] = {}
         self._chances: dict[fx.Node, float] = {}
 
@@ -132,6 +144,15 @@ class Planner:
             if n in cut.recomputed and n in self.forward and any(u in needed for u in n.users)
         )
         return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads)
+
+    def _boundaries(self) -> set[fx.Node]:
+        """What repeated blocks of the forward give to each other, views seen through."""
+        nodes = [n for n in self.joint.graph.nodes if n in self.forward and n.op == "call_function"]
+        nodes = [n for n in nodes if ops.op_name(n) != "inductor_lookup_seed"]
+        run = find_run(nodes, fewest_saved=_FEWEST_REPEATED)
+        windows = next(cuts(nodes, run), []) if run is not None else []
+        crossing = {n for window in windows for n in crossing_into(nodes, window)}
+        return {ops.view_base(n) for n in crossing if ops.is_tensor(n)}
 
     def _needed_backward(self) -> set[fx.Node]:
         """Nodes only backward can run that some gradient depends on."""
@@ -216,6 +237,8 @@ class Planner:
     def _recompute_price(self, node: fx.Node) -> float:
         if node not in self.forward:  # not computed in forward at all: computing it in backward costs nothing extra
             return 0.0
+        if node in self.boundaries:
+            return math.inf
         if ops.is_view(node) or ops.is_creation(node) or ops.is_getitem(node) or ops.is_symbol(node):
             return 0.0
         if ops.is_matrix_product(node):
@@ -223,7 +246,8 @@ class Planner:
         # a decision that is asked again of a decoded value could be answered otherwise
         if not ops.is_cheap(node) or ops.is_decision(node):
             return math.inf
-        return self.recompute_price * self._traffic_price(node) * self._chance(node)
+        discount = _BLOCKS_DISCOUNT if self.recompute == "blocks" else 1.0
+        return self.recompute_price * discount * self._traffic_price(node) * self._chance(node)
 
     def _traffic_price(self, node: fx.Node) -> float:
         size = (
@@ -236,11 +260,13 @@ class Planner:
         return size * _PRICE_PER_BYTE["pointwise" if ops.is_pointwise(node) else "rearrange"]
 
     def _product_price(self, node: fx.Node) -> float:
-        """Products with a parameter never run again; those of two activations do when the inner size is small."""
+        """Products with a parameter run again only where that was asked for; attention scores do if their heads are small."""
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
-        if ops.op_name(node) != "bmm" or any(ops.view_base(i).op == "placeholder" for i in tensors):
+        inner = hint(tensors[-1].meta["val"].shape[0 if tensors[-1].meta["val"].dim() == 2 else -2])
+        flops = 2.0 * hint(node.meta["val"].numel()) * inner
+        if self.recompute in _ANY_PRODUCT_FLOPS_PER_BYTE:
+            return flops / _ANY_PRODUCT_FLOPS_PER_BYTE[self.recompute]
+        of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
+        if ops.op_name(node) != "bmm" or not of_activations or inner > 256:
             return math.inf
-        inner = hint(tensors[0].meta["val"].shape[-1])
-        if inner > 256:
-            return math.inf
-        return 2.0 * hint(node.meta["val"].numel()) * inner / _FLOPS_PER_BYTE
+        return flops / _FLOPS_PER_BYTE
