@@ -100,6 +100,9 @@ class Config:
     memory_budget: int | float | str | None = None
     """Upper bound on all that a training step holds on the device: bytes, ``"6GiB"``, or a share of the device's memory
     in (0, 1]. The least lossy plan that fits is taken, up to ``preset``; if none fits, the first step raises."""
+    gradient_accumulation: bool = False
+    """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
+    ones. Without it the first such step plans again if they do not fit, with a warning."""
     recompute_price: float = 1.0
     """How dear it is to compute a value again, against the bytes of saving it; a lower price saves less."""
 
@@ -243,7 +246,7 @@ def _check_choices(config: Config) -> Iterable[str]:
 
 
 def _check_flags(config: Config) -> Iterable[str]:
-    for name in ("compile_eval", "debug", "strict"):
+    for name in ("compile_eval", "debug", "gradient_accumulation", "strict"):
         if not isinstance(value := getattr(config, name), bool):
             yield _WrongType(f"{name} must be True or False, got {value!r}")
     if config.dynamic is not None and not isinstance(config.dynamic, bool):
