@@ -76,7 +76,8 @@ def max_batch(
         example: what the model's forward takes: a mapping of keyword arguments, a sequence of arguments, or one tensor.
             The batch is the first dimension of every tensor whose first dimension has the size that most of them have.
         memory_budget: bytes, ``"32GiB"``, or a share of the device's memory.
-        config: settings of ``optimize`` in one object, or as keywords in ``settings``.
+        config: settings of ``optimize`` in one object.
+        settings: or as keywords.
 
     Raises:
         MemoryBudgetError: not even one example fits; with the smallest peak that would.
@@ -195,8 +196,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _name_of(path: str) -> str:
     """``[1]['input_ids']`` as ``input_ids``, ``[0][0]`` as ``argument 0``."""
-    inner = path.removeprefix("[0]").removeprefix("[1]") if path.startswith(("[0]", "[1]")) else path
-    text = inner.strip("[]").strip("'")
+    text = path[3:].strip("[]").strip("'")
     return f"argument {text}" if path.startswith("[0]") else text
 
 

@@ -16,7 +16,7 @@ from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
 from slimfit_fx.capture.partitioner import PlanReady
 from slimfit_fx.config import Config
-from slimfit_fx.planning.budget import Budget, MemoryBudgetError
+from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
 from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import MemoryPlan
@@ -85,7 +85,10 @@ class Rehearsal:
         traced: list[StepTrace] = []
         with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
             capture_only(real, lambda gm, inputs: _trace_plain(gm, inputs, traced), args, kwargs)
-        return read_timeline(traced[0], ()) if traced else "no graph that trains was captured"
+        if not traced:
+            return "no graph that trains was captured"
+        everything = fixed_bytes(self.model, [], 0, optimizer_state=0, copies=False)
+        return read_timeline(traced[0], (), update_bytes=everything.update)
 
     def _scheduler(self, config: Config) -> Scheduler:
         scheduler = make_scheduler(config.scheduler)

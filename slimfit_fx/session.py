@@ -242,6 +242,12 @@ def _unseen(graph: CapturedGraph) -> GraphPlan:
     return GraphPlan((), tuple((f"gate {gate}", reason) for gate in range(len(graph.unit_names))), (), None)
 
 
+def _preset_of(graphs: Sequence[CapturedGraph], config: Config) -> str:
+    """The preset in use: the one a budget led to, if it is the same for all graphs."""
+    chosen = {graph.chosen.preset for graph in graphs if graph.chosen is not None}
+    return chosen.pop() if len(chosen) == 1 else config.preset
+
+
 def build_plan(
     model: nn.Module,
     config: Config,
@@ -269,7 +275,7 @@ def build_plan(
         [g.plan or _unseen(g) for g in chosen],
         [g.unit_names for g in chosen],
         [(u.name, u.numel, u.bytes) for u in units],
-        preset=config.preset,
+        preset=_preset_of(chosen, config),
         freeze_rate=config.freeze_rate,
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         optimizer_bytes=ADAMW_STATE_PER_BYTE * trainable if optimizer_bytes is None else optimizer_bytes,

@@ -19,8 +19,10 @@ from slimfit_fx.planning.budget import (
     fixed_bytes,
     judge,
     parse_bytes,
+    saved_alone_exceed,
 )
 from slimfit_fx.planning.peak import Event, StepTrace
+from slimfit_fx.planning.rows import GraphPlan, PlanRow
 
 CPU = torch.device("cpu")
 
@@ -141,3 +143,36 @@ def test_the_choice_fits_and_a_smaller_budget_never_peaks_higher():
         budgets.append(fixed + worst - 1)
     assert peaks == sorted(peaks, reverse=True) and len(peaks) >= 2
     assert presets[0] == "exact" and len(set(presets)) >= 2 and len(budgets) == len(peaks) + 1
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_the_smallest_budget_that_is_told_does_fit_and_plans_are_the_same_each_time():
+    model, batch, settings = Encoder(), encoder_batch(8, 16), {"preset": "max", "freeze_rate": 0.6}
+    with pytest.raises(MemoryBudgetError, match=r"\((\d+) bytes\)") as error:
+        slimfit_fx.plan(model, *batch, memory_budget=1000, **settings)
+    smallest = error.value.smallest_bytes
+    assert f"({smallest} bytes)" in str(error.value)
+    found = slimfit_fx.plan(model, *batch, memory_budget=smallest, **settings)
+    assert found == slimfit_fx.plan(model, *batch, memory_budget=smallest, **settings)
+    with pytest.raises(MemoryBudgetError):
+        slimfit_fx.plan(model, *batch, memory_budget=smallest - 1, **settings)
+
+
+def test_too_many_saved_bytes_are_seen_before_any_code_is_written():
+    def row(size: int, gates: tuple[str, ...] = ()) -> PlanRow:
+        closed = 0 if gates else size
+        return PlanRow(
+            0, "v", "", "mul", "float", bool(gates), gates, (), "float32", "keep", None, "", size, size, closed
+        )
+
+    plan = GraphPlan((row(100), row(40, ("0",)), row(30, ("1", "2"))), (), (0, 1, 2))
+    fixed = FixedBytes(5, 1, 4, 0, gradients=7)
+    held = 10 + 0.9 * 140
+
+    def exceeds(limit: float, count: int = 1, accumulates: bool = False) -> bool:
+        return saved_alone_exceed(plan, Budget(int(limit), count, lambda: fixed, accumulates))
+
+    assert exceeds(held - 1) and not exceeds(held + 1)
+    assert exceeds(held + 1, count=2) and not exceeds(held + 0.9 * 30 + 1, count=2)
+    assert exceeds(held + 1, accumulates=True) and not exceeds(held + 8, accumulates=True)

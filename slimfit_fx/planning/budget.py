@@ -181,8 +181,8 @@ def describe_excess(budget: Budget, best: Judged, batch: int | None) -> str:
     """What is said when a model that is trained already meets a batch that no plan fits."""
     which = "" if batch is None else f" with a batch of {batch}"
     return (
-        f"slimfit_fx: memory_budget: nothing fits into {format_bytes(budget.limit)}{which}: training goes on with the smallest "
-        f"plan there is. {_takes(budget, best)}"
+        f"slimfit_fx: memory_budget: nothing fits into {format_bytes(budget.limit)}{which}: training "
+        f"goes on with the smallest plan there is. {_takes(budget, best)}"
     )
 
 

@@ -29,7 +29,7 @@ def draw_chart(
     phases = {"forward": timeline.forward, "backward": timeline.backward, "optimizer step": timeline.update}
     shares = _columns(timeline, width)
     levels = [_spread(phases[name], columns) for name, columns in shares.items()]
-    axis = f"{top_bytes / 1e6:,.0f} MB"
+    axis = f"{top_bytes / 1e6:,.{0 if top_bytes >= 1e8 else 1}f} MB"
     lines = []
     for row in reversed(range(height)):
         body = "|".join("".join(_mark(value, top_bytes, row, height, marks) for value in part) for part in levels)

@@ -33,7 +33,7 @@ class Timeline:
     """After every allocation and release of forward."""
     backward: tuple[int, ...]
     """The same of backward."""
-    update: tuple[int, ...]
+    update: tuple[int, int] | tuple[()]
     """Gradients when backward is done, then the most that the optimizer's step takes; empty if it is not known."""
     peak_bytes: int
     """Of forward and backward."""
