@@ -49,6 +49,7 @@ def work(options: argparse.Namespace) -> None:
     done = time.perf_counter()
     result = {
         "seconds": done - began,
+        "cpu_seconds": time.process_time(),
         "phases": {"build": built - began, **_phase_seconds()},
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_bytes": None if plan.peak is None else plan.peak.worst_bytes,
@@ -85,7 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed_on = ["--worker", name, *(["--budget"] if options.budget else [])]
         outcome = report.run_worker("bench.plan_big", passed_on, timeout_s=options.timeout)
         results.append({"name": name, "budget": CASES[name][2] if options.budget else None, **outcome})
+        if not options.no_save:
+            _save(results, options)
     return _report(results, options)
+
+
+def _save(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    name = "plan-big-budget" if options.budget else "plan-big"
+    report.save(name, {"results": results}, device="cpu", module="bench.plan_big")
 
 
 def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
@@ -102,9 +110,6 @@ def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> i
         lines.append([result["name"], result["seconds"], *sizes, f"{'PASS' if holds else 'SHORT'}; {phases}"])
     headers = ["case", "seconds", "host GiB", "step peak GiB", f"<= {LIMIT_S:.0f} s and 2 GiB; seconds by phase"]
     print(tabulate(lines, headers=headers, floatfmt=("", ".1f", ".2f", ".2f", ""), missingval="-"))
-    if not options.no_save:
-        name = "plan-big-budget" if options.budget else "plan-big"
-        print(f"written: {report.save(name, {'results': results}, device='cpu', module='bench.plan_big').name}")
     return int(options.check and missed)
 
 

@@ -52,11 +52,10 @@ class Rehearsal:
         scheduler = self._scheduler(config)
         budget = make_budget(self.model, config, self.units, scheduler, lambda: None)
         graphs = self.graphs(config, args, kwargs, peak=peak or budget is not None, budget=budget)
-        before = self.plain_timeline(args, kwargs) if compare else None
         opened = open_count(config, scheduler, self.units)
         fixed = make_fixed_bytes(self.model, config, self.units, scheduler, lambda: None)
         found = build_plan(self.model, config, self.units, graphs, None, open_count=opened, update=fixed().update)
-        return found.with_comparison(before) if compare else found
+        return found.with_comparison(self.plain_timeline(args, kwargs)) if compare else found
 
     def budget(self, config: Config) -> Budget:
         """What steps of the model may take under ``config``, which has a budget."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SymbolicTensor:
     device: torch.device
 
 
-Symbolic = SymbolicTensor | Size | None
+Symbolic: TypeAlias = "SymbolicTensor | int | sympy.Expr | None"
 
 
 def describe_inputs(inputs: Sequence[Any]) -> tuple[Symbolic, ...] | None:
