@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_peak import Encoder, encoder_batch, measured
 from torch import nn
 
 import slimfit_fx
+from slimfit_fx.capture.captured import CapturedGraph
+from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import (
     Budget,
@@ -99,6 +103,30 @@ def test_a_step_is_judged_by_its_worst_choice_or_by_the_update():
     assert judge(Config(), TRACE, small, 1).total_bytes == 16 + 140
     assert judge(Config(), TRACE, small, 2).total_bytes == 16 + 170
     assert judge(Config(), TRACE, large, 2).total_bytes == 16 + 500
+    earlier = FixedBytes(5, 1, 10, 20, gradients=7)
+    assert judge(Config(), TRACE, earlier, 1, accumulates=True).total_bytes == 16 + 7 + 140
+
+
+@pytest.mark.parametrize(("limit", "again", "floor"), [(200, False, 0), (160, True, 1)])
+def test_accumulated_gradients_lead_to_another_plan_only_if_they_do_not_fit(limit, again, floor):
+    fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
+    graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[0])
+    graph.keep_trace(TRACE)
+    under = UnderBudget(config, Budget(limit, 1, lambda: fixed), [graph])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert under.expect_gradients() is again
+    assert under.budget.accumulates and under.floor == floor
+    assert [("gradient_accumulation was not set" in str(w.message)) for w in said] == [True] * again
+
+
+def test_with_nothing_smaller_left_training_goes_on():
+    fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
+    graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[-1])
+    graph.keep_trace(TRACE)
+    under = UnderBudget(config, Budget(160, 1, lambda: fixed), [graph])
+    with pytest.warns(RuntimeWarning, match="nothing fits into .*training goes on with the smallest plan.*accumulated"):
+        assert under.expect_gradients() is False
 
 
 def test_what_is_said_when_nothing_fits():
