@@ -78,7 +78,9 @@ class Seam:
             placeholder = self.backward.graph.placeholder(node.name)
         placeholder.target = placeholder.name  # the name may be taken: two inputs must never share one
         placeholder.meta = {
-            k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", "saved_tensor_with_no_vc_check")
+            k: v
+            for k, v in node.meta.items()
+            if k in ("val", "tensor_meta", "saved_tensor_with_no_vc_check", "nn_module_stack")
         }
         self.names[node] = str(placeholder.target)
         return placeholder

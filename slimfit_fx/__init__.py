@@ -4,6 +4,8 @@ from slimfit_fx._version import __version__
 from slimfit_fx.api import optimize, plan, restore, session
 from slimfit_fx.codecs import Codec, register_codec
 from slimfit_fx.config import Config
+from slimfit_fx.fit import LargestBatch, max_batch
+from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.schedule import Scheduler, register_scheduler
 from slimfit_fx.session import Session
@@ -11,10 +13,13 @@ from slimfit_fx.session import Session
 __all__ = [
     "Codec",
     "Config",
+    "LargestBatch",
+    "MemoryBudgetError",
     "MemoryPlan",
     "Scheduler",
     "Session",
     "__version__",
+    "max_batch",
     "optimize",
     "plan",
     "register_codec",

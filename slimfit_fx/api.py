@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from slimfit_fx.capture.backend import SlimFitBackend
+from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
-from slimfit_fx.capture.off_meta import off_meta
-from slimfit_fx.capture.partitioner import PlanReady
 from slimfit_fx.config import Config
 from slimfit_fx.passes.pipeline import pass_names
 from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
-from slimfit_fx.runtime.gates import GateTable
-from slimfit_fx.schedule import UnitInfo, make_scheduler
-from slimfit_fx.session import Session, build_plan
+from slimfit_fx.rehearsal import CAN_ISOLATE, Rehearsal, caused_by, traceable
+from slimfit_fx.session import Session
 from slimfit_fx.units import FoundUnits, find_units
 
-E = TypeVar("E", bound=BaseException)
 log = logging.getLogger("slimfit_fx")
-_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-"""Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
@@ -49,7 +42,7 @@ def optimize(model: nn.Module, config: Config | None = None, /, **settings: Any)
         TypeError: not a module, or a setting of the wrong type.
         ValueError: everything else that is wrong with the settings or the model, in one message.
     """
-    chosen, found = _checked(model, config, settings, plan_only=False)
+    chosen, found = checked_settings(model, config, settings, plan_only=False)
     current = Session(model, chosen, found.units, found.always, _executor(model, chosen))
     _SESSIONS[model] = current
     model._compiled_call_impl = _dispatcher(model, current)
@@ -87,57 +80,31 @@ def plan(
     freeze_rate: float = 0.9,
     units: Any = None,
     codecs: Any = None,
+    memory_budget: int | float | str | None = None,
     peak: bool = False,
+    compare: bool = False,
     **kwargs: Any,
 ) -> MemoryPlan:
     """The memory plan of one training step on these inputs, without running it.
 
     The model is captured on fake tensors and partitioned; nothing is compiled, trained or allocated but the inputs
     given. ``args`` and ``kwargs`` are what the model's forward takes; settings as in ``optimize`` (or all in
-    ``config``). With ``peak`` the plan also tells the physical peak of the step: Inductor then writes its code, which
-    takes about half the time of a compile, but compiles no kernel.
+    ``config``). With ``peak`` the plan also tells the physical peak of the step and its timeline: Inductor then writes
+    its code, which takes about half the time of a compile, but compiles no kernel. With ``compare`` the same is done
+    for plain ``torch.compile``, to be shown beside it. With ``memory_budget`` it is the plan that ``optimize`` takes.
 
     Raises:
+        MemoryBudgetError: nothing fits ``memory_budget``; a ``ValueError``.
         ValueError: bad settings, nothing freezable, or a model that cannot be captured (the reason is in the message).
     """
     given = {"preset": preset, "freeze_rate": freeze_rate, "units": units, "codecs": codecs}
+    given["memory_budget"] = memory_budget
     settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
-    chosen, (found, _) = _checked(model, config, settings, plan_only=True)
-    with off_meta(model, args, kwargs) as (real, args, kwargs):
-        by_name = dict(real.named_parameters(remove_duplicate=False))
-        gates = GateTable({u.name: [by_name[u.name]] for u in found})
-        backend = SlimFitBackend(chosen, gates, "inductor", plan_only=True, with_peak=peak)
-        _capture_only(real, backend, args, kwargs)
-    scheduler = make_scheduler(chosen.scheduler)
-    scheduler.start([UnitInfo(u.name, u.numel, u.bytes) for u in found], freeze_rate=chosen.freeze_rate, seed=0)
-    return build_plan(model, chosen, found, backend.graphs, None, open_count=scheduler.open_count)
+    chosen, (found, _) = checked_settings(model, config, settings, plan_only=True)
+    return Rehearsal(model, found).plan(chosen, args, kwargs, peak=peak or compare, compare=compare)
 
 
-def _capture_only(model: nn.Module, backend: SlimFitBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with torch.enable_grad():
-            torch.compile(_traceable(model), backend=backend)(*args, **kwargs)
-    except Exception as error:
-        if caused_by(error, PlanReady) is None:
-            raise ValueError(f"this model cannot be captured: {type(error).__name__}: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def caused_by(error: BaseException | None, kind: type[E]) -> E | None:
-    """The first exception of this kind among ``error`` and its causes, as dynamo wraps them; or None."""
-    while error is not None:
-        for candidate in (error, getattr(error, "inner_exception", None)):
-            if isinstance(candidate, kind):
-                return candidate
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _checked(
+def checked_settings(
     model: nn.Module, config: Config | None, settings: dict[str, Any], *, plan_only: bool
 ) -> tuple[Config, FoundUnits]:
     """Settings and units, or one error with everything that is wrong with settings and model."""
@@ -177,23 +144,6 @@ def _executor(model: nn.Module, config: Config) -> str:
     return "interpreter"
 
 
-def _traceable(model: nn.Module) -> Callable[..., Any]:
-    """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
-
-    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``). Where caches
-    cannot be isolated every model gets one: dynamo counts compiles by code, and gives up on the ninth model of a class.
-    """
-    if _CAN_ISOLATE and not torch._dynamo.trace_rules.check(model.forward):
-        return model._call_impl
-    self = model  # the name that dynamo's records of modules begin with, as in a method
-
-    def frame(*args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)
-
-    frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
-    return frame
-
-
 def _warn_if_nothing_captured(current: Session) -> None:
     """Dynamo may skip a whole forward without a word; training is then right, but neither gated nor compressed."""
     if not current.compiles and not current.warned:
@@ -208,37 +158,47 @@ def _warn_if_nothing_captured(current: Session) -> None:
 
 def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     """What ``model(...)`` calls: compiled and gated in training, as the user wrote it otherwise."""
-    traceable = _traceable(model)
-    own: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
-    compiled: Callable[..., Any] = torch.compile(
-        traceable, backend=current.backend, dynamic=current.config.dynamic, **own
-    )
-    evaluated: Callable[..., Any] = torch.compile(traceable) if current.config.compile_eval else model._call_impl
-    training = compiled
+    own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+
+    def compile_model() -> Callable[..., Any]:
+        return torch.compile(traceable(model), backend=current.backend, dynamic=current.config.dynamic, **own)
+
+    evaluated: Callable[..., Any] = torch.compile(traceable(model)) if current.config.compile_eval else model._call_impl
+    training, captured = compile_model(), True
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal training
+        if captured and current.outgrows_its_plan():
+            training = compile_model()
+        try:
+            return training(*args, **kwargs)
+        except PlanOutgrown:  # nothing has run yet
+            training = compile_model()
+            return training(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal training
+        nonlocal training, captured
         if torch.compiler.is_compiling():
             return model._call_impl(*args, **kwargs)
         if not (model.training and torch.is_grad_enabled()):
             return evaluated(*args, **kwargs)
         current.before_forward()
         try:
-            result = training(*args, **kwargs)
+            result = run(*args, **kwargs)
             _warn_if_nothing_captured(current)
             return result
         except torch._dynamo.exc.TorchDynamoException as error:
             over = caused_by(error, MemoryBudgetError)
             if over is not None:
                 raise over from None
-            if current.config.strict or training is not compiled:
+            if current.config.strict or not captured:
                 raise
             warnings.warn(
                 f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            training = model._call_impl
+            training, captured = model._call_impl, False
             return training(*args, **kwargs)
 
     return call

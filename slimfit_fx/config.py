@@ -105,6 +105,9 @@ class Config:
     """What may be computed again for backward: ``"cheap"`` (pointwise work, norms, attention scores), ``"products"``
     (matrix products too where that saves more than it costs) or ``"blocks"`` (whole blocks from what enters them, like
     gradient checkpointing). The results are the same; less is saved and a step takes longer."""
+    gradient_accumulation: bool = False
+    """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
+    ones. Without it the first such step plans again if they do not fit, with a warning."""
     recompute_price: float = 1.0
     """How dear it is to compute a value again, against the bytes of saving it; a lower price saves less."""
 
@@ -129,6 +132,11 @@ class Config:
     def codec_table(self) -> dict[str, str | None]:
         """The preset's table with ``codecs`` laid over it."""
         return {**PRESETS[self.preset], **(self.codecs or {})}
+
+    @property
+    def label(self) -> str:
+        """What names these settings among those that a budget tries."""
+        return f"preset {self.preset}" + ("" if self.recompute == "cheap" else f", recompute {self.recompute}")
 
     def codec_for(self, kind: str) -> Codec | None:
         """Return the codec that stores values of this kind, or None if they are kept as they are.
@@ -249,7 +257,7 @@ def _check_choices(config: Config) -> Iterable[str]:
 
 
 def _check_flags(config: Config) -> Iterable[str]:
-    for name in ("compile_eval", "debug", "strict"):
+    for name in ("compile_eval", "debug", "gradient_accumulation", "strict"):
         if not isinstance(value := getattr(config, name), bool):
             yield _WrongType(f"{name} must be True or False, got {value!r}")
     if config.dynamic is not None and not isinstance(config.dynamic, bool):

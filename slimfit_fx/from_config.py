@@ -19,6 +19,16 @@ _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 1
 _SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 _TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
 
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", {}),
@@ -34,9 +44,11 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "google/vit-base-patch16-224": ("vit", {"num_labels": 1000}),
     "google/vit-base-patch16-384": ("vit", {"image_size": 384, "num_labels": 1000}),
     "google/vit-large-patch16-224": ("vit", {"num_labels": 1000, **_LARGE}),
+    "google/vit-large-patch16-384": ("vit", {"image_size": 384, "num_labels": 1000, **_LARGE}),
     "facebook/deit-base-patch16-224": ("vit", {"num_labels": 1000}),
     "facebook/deit-small-patch16-224": ("vit", {"num_labels": 1000, **_SMALL}),
     "facebook/deit-tiny-patch16-224": ("vit", {"num_labels": 1000, **_TINY}),
+    "meta-llama/Llama-3.2-1B": ("llama", {**_LLAMA, "architectures": ["LlamaForCausalLM"]}),
 }
 """Name -> (model type, what differs from that type's default config)."""
 

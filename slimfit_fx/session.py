@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from slimfit_fx._suggest import did_you_mean
-from slimfit_fx.capture.backend import CapturedGraph, SlimFitBackend, step_trace
+from slimfit_fx.capture.backend import SlimFitBackend
+from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
+from slimfit_fx.planning.timeline import read_timeline
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
 from slimfit_fx.runtime.steps import StepTracker
@@ -46,8 +48,9 @@ class Session:
         self._model = weakref.ref(model)
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
-        self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=self._budget(model))
         self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
+        budget = make_budget(model, config, units, self.scheduler, self._hooks.state_bytes)
+        self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=budget)
 
     @property
     def backend(self) -> SlimFitBackend:
@@ -97,7 +100,8 @@ class Session:
             self._units,
             self._backend.graphs,
             self._hooks.state_bytes(),
-            open_count=self._open_count(),
+            open_count=open_count(self.config, self.scheduler, self._units),
+            update=make_fixed_bytes(model, self.config, self._units, self.scheduler, self._hooks.state_bytes)().update,
         )
 
     def predict_peak(self, open_units: Iterable[str] | None = None) -> StepPeak:
@@ -122,32 +126,22 @@ class Session:
             )
         return trace.peak([k for k, name in enumerate(names) if name in wanted])
 
-    def _budget(self, model: nn.Module) -> Budget | None:
-        if self.config.memory_budget is None:
-            return None
-        device = next(model.parameters()).device
-        return Budget(budget_bytes(self.config.memory_budget, device), self._open_count(), self._fixed_bytes)
-
-    def _fixed_bytes(self) -> FixedBytes:
-        model = self._model()
-        assert model is not None, "the model is gone"
-        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        return fixed_bytes(
-            model,
-            [unit.bytes for unit in self._units],
-            self._open_count(),
-            optimizer_state=max(self._hooks.state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable),
-            copies=self.scheduler.needs_distances,
-        )
-
-    def _open_count(self) -> int:
-        """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
-        by_rate = self.config.scheduler in ("ils", "none", "random", "round_robin")
-        return self.scheduler.open_count if by_rate else len(self._units)
-
     def before_forward(self) -> None:
         """Called by the engine before each training forward."""
         self._tracker.before_forward()
+
+    def outgrows_its_plan(self) -> bool:
+        """Called by the engine before each training forward: whether the model must be compiled again for its budget.
+
+        Gradients that are there already belong to earlier micro-batches of the step.
+        """
+        under, model = self._backend.under, self._model()
+        if under is None or model is None:
+            return False
+        again = under.begin_forward()
+        if not under.budget.accumulates and any(p.grad is not None for p in model.parameters()):
+            again |= under.expect_gradients()
+        return again
 
     def step(self) -> None:
         """Say that an optimizer step was done; only for optimizers that do not subclass ``torch.optim.Optimizer``."""
@@ -191,6 +185,52 @@ class Session:
         )
 
 
+def open_count(config: Config, scheduler: Scheduler, units: Sequence[GateUnit]) -> int:
+    """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
+    by_rate = config.scheduler in ("ils", "none", "random", "round_robin")
+    return scheduler.open_count if by_rate else len(units)
+
+
+def make_budget(
+    model: nn.Module,
+    config: Config,
+    units: Sequence[GateUnit],
+    scheduler: Scheduler,
+    state_bytes: Callable[[], int | None],
+) -> Budget | None:
+    """What the steps of ``model`` may take, if ``config`` says so. ``state_bytes``: of the optimizer, once known."""
+    if config.memory_budget is None:
+        return None
+    limit = budget_bytes(config.memory_budget, next(model.parameters()).device)
+    fixed = make_fixed_bytes(model, config, units, scheduler, state_bytes)
+    return Budget(limit, open_count(config, scheduler, units), fixed, config.gradient_accumulation)
+
+
+def make_fixed_bytes(
+    model: nn.Module,
+    config: Config,
+    units: Sequence[GateUnit],
+    scheduler: Scheduler,
+    state_bytes: Callable[[], int | None],
+) -> Callable[[], FixedBytes]:
+    """What tells the bytes that are there beside the steps; it does not keep ``model`` alive."""
+    reference, opened = weakref.ref(model), open_count(config, scheduler, units)
+
+    def fixed() -> FixedBytes:
+        model = reference()
+        assert model is not None, "the model is gone"
+        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return fixed_bytes(
+            model,
+            [unit.bytes for unit in units],
+            opened,
+            optimizer_state=max(state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable),
+            copies=scheduler.needs_distances,
+        )
+
+    return fixed
+
+
 def latest_graphs(graphs: Sequence[CapturedGraph]) -> list[CapturedGraph]:
     """The graphs in use: a recompile replaces the graph that it recompiled."""
     return list({g.unit_names or index: g for index, g in enumerate(graphs)}.values())
@@ -202,6 +242,12 @@ def _unseen(graph: CapturedGraph) -> GraphPlan:
     return GraphPlan((), tuple((f"gate {gate}", reason) for gate in range(len(graph.unit_names))), (), None)
 
 
+def _preset_of(graphs: Sequence[CapturedGraph], config: Config) -> str:
+    """The preset in use: the one a budget led to, if it is the same for all graphs."""
+    chosen = {graph.chosen.preset for graph in graphs if graph.chosen is not None}
+    return chosen.pop() if len(chosen) == 1 else config.preset
+
+
 def build_plan(
     model: nn.Module,
     config: Config,
@@ -210,23 +256,32 @@ def build_plan(
     optimizer_bytes: int | None,
     *,
     open_count: int,
+    update: int | None = None,
 ) -> MemoryPlan:
-    """Merge the plans of a model's graphs into one, with the peak of a step in which ``open_count`` units train."""
+    """Merge the plans of a model's graphs into one, with the peak of a step in which ``open_count`` units train.
+
+    ``update``: bytes that the optimizer's step takes.
+    """
     chosen = latest_graphs(graphs)
     traced = step_trace(chosen)
-    known = {"peak_unknown": traced} if isinstance(traced, str) else {"peak": forecast(*traced, open_count)}
+    known: dict[str, Any] = {"peak_unknown": traced}
+    if not isinstance(traced, str):
+        trace, names = traced
+        peak = forecast(trace, names, open_count)
+        pattern = [k for k, name in enumerate(names) if name in peak.worst_units]
+        known = {"peak": peak, "timeline": read_timeline(trace, pattern, update_bytes=update)}
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     merged = merge_plans(
         [g.plan or _unseen(g) for g in chosen],
         [g.unit_names for g in chosen],
         [(u.name, u.numel, u.bytes) for u in units],
-        preset=config.preset,
+        preset=_preset_of(chosen, config),
         freeze_rate=config.freeze_rate,
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         optimizer_bytes=ADAMW_STATE_PER_BYTE * trainable if optimizer_bytes is None else optimizer_bytes,
     )
     fitted = [
-        f"graph {i}: preset {g.chosen.preset} was chosen to fit memory_budget={config.memory_budget!r}"
+        f"graph {i}: {g.chosen.label} was chosen to fit memory_budget={config.memory_budget!r}"
         for i, g in enumerate(chosen)
         if g.chosen is not None
     ]

@@ -20,7 +20,7 @@ def nothing_is_traced(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("torch.compile was called although the input is bad")
 
-    monkeypatch.setattr("slimfit_fx.api.SlimFitBackend.__call__", refuse)
+    monkeypatch.setattr("slimfit_fx.capture.backend.SlimFitBackend.__call__", refuse)
 
 
 def mlp() -> nn.Sequential:

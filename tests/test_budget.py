@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_peak import Encoder, encoder_batch, measured
 from torch import nn
 
 import slimfit_fx
+from slimfit_fx.capture.captured import CapturedGraph
+from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import (
     Budget,
@@ -19,8 +23,10 @@ from slimfit_fx.planning.budget import (
     fixed_bytes,
     judge,
     parse_bytes,
+    saved_alone_exceed,
 )
 from slimfit_fx.planning.peak import Event, StepTrace
+from slimfit_fx.planning.rows import GraphPlan, PlanRow
 
 CPU = torch.device("cpu")
 
@@ -75,17 +81,19 @@ def test_no_budget_without_a_compiler(monkeypatch):
         slimfit_fx.optimize(Encoder(), memory_budget="1GiB")
 
 
-def test_candidates_go_from_the_least_lossy_to_what_was_asked_for():
+def test_candidates_go_from_the_least_lossy_to_what_was_asked_for_and_recompute_more_only_then():
     presets = {p: [c.preset for c in candidates(Config(preset=p))] for p in ("exact", "paper", "balanced", "max")}
     assert presets == {
-        "exact": ["exact", "exact"],
-        "paper": ["exact", "paper", "paper"],
-        "balanced": ["exact", "balanced", "balanced"],
-        "max": ["exact", "balanced", "max", "max"],
+        "exact": ["exact"] * 3,
+        "paper": ["exact", "paper"] * 3,
+        "balanced": ["exact", "balanced"] * 3,
+        "max": ["exact", "balanced", "max"] * 3,
     }
+    levels = [c.recompute for c in candidates(Config(preset="balanced"))]
+    assert levels == ["cheap", "cheap", "products", "products", "blocks", "blocks"]
+    assert [c.recompute for c in candidates(Config(preset="exact", recompute="products"))] == ["products", "blocks"]
     chosen = candidates(Config(preset="max", codecs={"gelu_input": "int2"}, freeze_rate=0.5))
-    assert [c.codecs for c in chosen] == [None, None, {"gelu_input": "int2"}, {"gelu_input": "int2"}]
-    assert chosen[-1].recompute_price < chosen[-2].recompute_price == 1.0
+    assert [c.codecs for c in chosen] == [None, None, {"gelu_input": "int2"}] * 3
     assert {c.freeze_rate for c in chosen} == {0.5}
 
 
@@ -97,6 +105,30 @@ def test_a_step_is_judged_by_its_worst_choice_or_by_the_update():
     assert judge(Config(), TRACE, small, 1).total_bytes == 16 + 140
     assert judge(Config(), TRACE, small, 2).total_bytes == 16 + 170
     assert judge(Config(), TRACE, large, 2).total_bytes == 16 + 500
+    earlier = FixedBytes(5, 1, 10, 20, gradients=7)
+    assert judge(Config(), TRACE, earlier, 1, accumulates=True).total_bytes == 16 + 7 + 140
+
+
+@pytest.mark.parametrize(("limit", "again", "floor"), [(200, False, 0), (160, True, 1)])
+def test_accumulated_gradients_lead_to_another_plan_only_if_they_do_not_fit(limit, again, floor):
+    fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
+    graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[0])
+    graph.keep_trace(TRACE)
+    under = UnderBudget(config, Budget(limit, 1, lambda: fixed), [graph])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert under.expect_gradients() is again
+    assert under.budget.accumulates and under.floor == floor
+    assert [("gradient_accumulation was not set" in str(w.message)) for w in said] == [True] * again
+
+
+def test_with_nothing_smaller_left_training_goes_on():
+    fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
+    graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[-1])
+    graph.keep_trace(TRACE)
+    under = UnderBudget(config, Budget(160, 1, lambda: fixed), [graph])
+    with pytest.warns(RuntimeWarning, match="nothing fits into .*training goes on with the smallest plan.*accumulated"):
+        assert under.expect_gradients() is False
 
 
 def test_what_is_said_when_nothing_fits():
@@ -141,3 +173,36 @@ def test_the_choice_fits_and_a_smaller_budget_never_peaks_higher():
         budgets.append(fixed + worst - 1)
     assert peaks == sorted(peaks, reverse=True) and len(peaks) >= 2
     assert presets[0] == "exact" and len(set(presets)) >= 2 and len(budgets) == len(peaks) + 1
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_the_smallest_budget_that_is_told_does_fit_and_plans_are_the_same_each_time():
+    model, batch, settings = Encoder(), encoder_batch(8, 16), {"preset": "max", "freeze_rate": 0.6}
+    with pytest.raises(MemoryBudgetError, match=r"\((\d+) bytes\)") as error:
+        slimfit_fx.plan(model, *batch, memory_budget=1000, **settings)
+    smallest = error.value.smallest_bytes
+    assert f"({smallest} bytes)" in str(error.value)
+    found = slimfit_fx.plan(model, *batch, memory_budget=smallest, **settings)
+    assert found == slimfit_fx.plan(model, *batch, memory_budget=smallest, **settings)
+    with pytest.raises(MemoryBudgetError):
+        slimfit_fx.plan(model, *batch, memory_budget=smallest - 1, **settings)
+
+
+def test_too_many_saved_bytes_are_seen_before_any_code_is_written():
+    def row(size: int, gates: tuple[str, ...] = ()) -> PlanRow:
+        closed = 0 if gates else size
+        return PlanRow(
+            0, "v", "", "mul", "float", bool(gates), gates, (), "float32", "keep", None, "", size, size, closed
+        )
+
+    plan = GraphPlan((row(100), row(40, ("0",)), row(30, ("1", "2"))), (), (0, 1, 2))
+    fixed = FixedBytes(5, 1, 4, 0, gradients=7)
+    held = 10 + 0.9 * 140
+
+    def exceeds(limit: float, count: int = 1, accumulates: bool = False) -> bool:
+        return saved_alone_exceed(plan, Budget(int(limit), count, lambda: fixed, accumulates))
+
+    assert exceeds(held - 1) and not exceeds(held + 1)
+    assert exceeds(held + 1, count=2) and not exceeds(held + 0.9 * 30 + 1, count=2)
+    assert exceeds(held + 1, accumulates=True) and not exceeds(held + 8, accumulates=True)

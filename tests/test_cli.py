@@ -55,6 +55,8 @@ def test_known_names_need_no_network(name):
         ("gpt2", "GPT2LMHeadModel", 124.4),
         ("google/vit-base-patch16-224", "ViTForImageClassification", 86.6),
         ("facebook/deit-tiny-patch16-224", "ViTForImageClassification", 5.7),
+        ("google/vit-large-patch16-384", "ViTForImageClassification", 304.7),
+        ("meta-llama/Llama-3.2-1B", "LlamaForCausalLM", 1235.8),
     ],
 )
 def test_known_models_have_their_published_size(name, architecture, million):
@@ -149,6 +151,43 @@ def test_plan_errors_are_one_clean_message(run, arguments, message):
     assert result.err.startswith("slimfit-fx: ") and message in result.err and "Traceback" not in result.err
 
 
+def test_plan_passes_budget_and_picture_on(run, monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr("slimfit_fx.planning.picture.save_picture", lambda plan, path: saved.append(path))
+    arguments = ["gpt2", "--batch", "2", "--length", "8", "--budget", "32GiB", "--picture", str(tmp_path / "a.html")]
+    result = run("plan", *arguments, "--json")
+    assert result.code == 0 and saved == [tmp_path / "a.html"]
+    assert (result.asked.settings["memory_budget"], result.asked.settings["peak"]) == ("32GiB", True)
+
+
+@pytest.mark.parametrize("command", ["plan", "fit"])
+def test_a_budget_that_nothing_fits_is_status_1(run, monkeypatch, command):
+    def refuse(*_, **__):
+        raise slimfit_fx.MemoryBudgetError("memory_budget: nothing fits into 1.0 MiB")
+
+    monkeypatch.setattr(slimfit_fx, "plan", refuse)
+    monkeypatch.setattr(slimfit_fx, "max_batch", refuse)
+    result = run(command, "gpt2", "--length", "8", "--budget", "1MiB")
+    assert result.code == 1 and result.out == ""
+    assert result.err.splitlines()[-1] == "slimfit-fx: memory_budget: nothing fits into 1.0 MiB"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "gpt2", "--budget", "6 gigs"], "memory_budget must be bytes"),
+        (
+            ["fit", "gpt2", "--budget", "1GiB", "--picture", "x.svg"],
+            "picture must be a .png or .html file, got 'x.svg'",
+        ),
+        (["fit", "gpt2"], "Missing option '--budget'"),
+    ],
+)
+def test_wrong_options_are_status_2(run, arguments, message):
+    result = run(*arguments)
+    assert result.code == 2 and message in result.err
+
+
 def test_missing_transformers_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = run("plan", "gpt2")
@@ -174,3 +213,20 @@ def test_plan_for_real(tmp_path):
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--batch", "4", "--length", "16", "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["rows"]
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_fit_for_real(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=100
+    )
+    config.save_pretrained(tmp_path)
+    common = [str(tmp_path), "--length", "16", "--preset", "exact", "--budget", "2MiB", "--json"]
+    result = CliRunner().invoke(app, ["fit", *common, "--picture", str(tmp_path / "fit.html")])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["peak_bytes"] <= 2 * 2**20 < found["next_peak_bytes"] and found["batch"] > 1
+    assert "<svg" in (tmp_path / "fit.html").read_text()
+    result = CliRunner().invoke(app, ["plan", *common, "--batch", str(found["batch"] + 1)])
+    assert result.exit_code == 1 and f"({found['next_peak_bytes']} bytes)" in result.stderr

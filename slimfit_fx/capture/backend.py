@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import warnings
 import weakref
@@ -13,71 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.capture.lower import add_gate_inputs, lower_with_inductor, lower_with_interpreter
 from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, PlanReady
+from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
-from slimfit_fx.planning.budget import Budget, Judged, MemoryBudgetError, candidates, explain, judge
-from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
-from slimfit_fx.planning.peak import StepTrace, join
+from slimfit_fx.planning.budget import Budget, MemoryBudgetError
+from slimfit_fx.planning.dry_run import GeneratedCode
 from slimfit_fx.planning.rows import GraphPlan
-from slimfit_fx.planning.store import load_plan, load_trace, plan_key, save_plan, save_trace
+from slimfit_fx.planning.store import load_plan, plan_key, save_plan
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.grad_gate import gate_gradients
 
+Check = Callable[[Sequence[Any]], None]
 log = logging.getLogger("slimfit_fx.capture")
-
-
-@dataclass
-class CapturedGraph:
-    """What is known of one compiled graph, for reports. ``unit_names[k]`` names gate ``k`` as it was at capture."""
-
-    unit_names: tuple[str, ...]
-    is_recompile: bool
-    plan: GraphPlan | None = None
-    num_inputs: int = 0
-    key: str = ""
-    """Names it in the store of plans; empty for one that is only tried."""
-    codes: list[GeneratedCode] = field(default_factory=list, repr=False)
-    """What Inductor wrote for it: forward, backward."""
-    chosen: Config | None = None
-    """The settings that a budget led to, if there is one."""
-    _trace: StepTrace | None = field(default=None, repr=False)
-
-    def trace(self) -> StepTrace | str:
-        """All memory events of a step through this graph, or why they are not known."""
-        if self._trace is None:
-            self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
-        if self._trace is not None:
-            return self._trace
-        return "no compiled backward of it was seen: run one training step with executor inductor"
-
-    def _kept(self) -> StepTrace | None:
-        return load_trace(self.key) if self.key else None
-
-    def _dry_run(self) -> StepTrace | None:
-        forward, backward = self.codes
-        try:
-            trace = trace_step(forward, backward, first_gate=self.num_inputs, num_gates=len(self.unit_names))
-        except Exception:  # for display only: what Inductor wrote may hold anything
-            log.warning("the memory of a compiled graph could not be followed", exc_info=True)
-            return None
-        self.codes.clear()
-        if self.key:
-            save_trace(self.key, trace)
-        return trace
-
-
-def step_trace(graphs: Sequence[CapturedGraph]) -> tuple[StepTrace, tuple[str, ...]] | str:
-    """The memory events of a step through all ``graphs`` and the names of its gates, or why they are not known."""
-    training = [graph for graph in graphs if graph.unit_names]
-    traces = [graph.trace() for graph in training]
-    unknown = [trace for trace in traces if isinstance(trace, str)]
-    if unknown or not traces:
-        return unknown[0] if unknown else "no graph with a gate was captured"
-    names = tuple(dict.fromkeys(name for graph in training for name in graph.unit_names))
-    numbers = [[names.index(name) for name in graph.unit_names] for graph in training]
-    return join([trace for trace in traces if not isinstance(trace, str)], numbers), names
 
 
 @dataclass(eq=False, repr=False)
@@ -95,13 +45,14 @@ class SlimFitBackend:
     """Stop when the plan is known, with ``PlanReady``; nothing is compiled."""
     with_peak: bool = False
     """With ``plan_only``: let Inductor write its code, too, so that the physical peak is known."""
-    budget: Budget | None = None
+    budget: InitVar[Budget | None] = None
     """What the steps of the model may take."""
     _frames: set[int] = field(default_factory=set)
 
-    def __post_init__(self, gates: GateTable) -> None:
+    def __post_init__(self, gates: GateTable, budget: Budget | None) -> None:
         """Hold the table weakly: dynamo keeps every backend for ever, and the table keeps the model's parameters."""
         self._table = weakref.ref(gates)
+        self.under = None if budget is None else UnderBudget(self.config, budget, self.graphs)
 
     def __repr__(self) -> str:
         return f"SlimFitBackend({self.executor}, preset={self.config.preset!r})"
@@ -117,13 +68,16 @@ class SlimFitBackend:
         sink: list[GraphPlan] = []
         token = PLAN_SINK.set(sink)
         try:
-            config = (
-                self.config if self.budget is None else self._fit(gm, example_inputs, layout, captured, self.budget)
-            )
+            config, check = self.config, _no_check
+            if self.under is not None:
+                config = self._under_budget(self.under, gm, example_inputs, layout, captured)
+                check = functools.partial(self.under.check, captured)
             partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak)
             captured.key = plan_key(gm.graph, example_inputs, str(partitioner.uuid()))
-            return self._lower(gm, example_inputs, partitioner, captured.codes)
+            compiled = self._lower(gm, example_inputs, partitioner, captured.codes)
+            return bind_gates(compiled, layout, self._gates(), check)
         except MemoryBudgetError:
+            self._forget(captured)
             raise
         except torch._dynamo.exc.RestartAnalysis:  # dynamo captures this function again, having learned something
             self._forget(captured)
@@ -132,7 +86,7 @@ class SlimFitBackend:
             if self.config.strict or self.plan_only:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            if self.budget is not None:
+            if self.under is not None:
                 raise MemoryBudgetError(f"memory_budget cannot be promised: {reason}") from error
             sink.append(GraphPlan((), (("the graph", reason),), (), None, reason))
             log.warning("a graph could not be compiled", exc_info=True)
@@ -142,11 +96,11 @@ class SlimFitBackend:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return bind_gates(lambda *args: gm.forward(*args[: layout.num_inputs]), layout, self._gates())
+            return bind_gates(lambda *args: gm.forward(*args[: layout.num_inputs]), layout, self._gates(), _no_check)
         finally:
             PLAN_SINK.reset(token)
-            captured.plan = sink[-1] if sink else load_plan(captured.key)
-            if sink and not sink[-1].fallback:
+            captured.plan = captured.plan or (sink[-1] if sink else load_plan(captured.key))
+            if sink and captured.key and not sink[-1].fallback:
                 save_plan(captured.key, sink[-1])
 
     def _gates(self) -> GateTable:
@@ -184,41 +138,31 @@ class SlimFitBackend:
             compiled = lower_with_interpreter(extended, inputs, partitioner)
         else:
             compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only)
-            if self.plan_only:
+            if self.plan_only and not dry:
                 raise PlanReady
-        return bind_gates(compiled, layout, self._gates())
+        return compiled
 
-    def _fit(
+    def _under_budget(
         self,
+        under: UnderBudget,
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
         layout: GateLayout,
         captured: CapturedGraph,
-        budget: Budget,
     ) -> Config:
-        """The first candidate whose physical peak fits; nothing is compiled or allocated to find out.
+        """The settings that fit. With ``plan_only`` that is all there is to do.
 
         Raises:
-            MemoryBudgetError: none does.
+            MemoryBudgetError: nothing fits.
         """
-        earlier = [graph for graph in self.graphs if graph is not captured and graph.unit_names != captured.unit_names]
-        judged: list[Judged] = []
-        traces: list[StepTrace] = []
-        for config in candidates(self.config):
-            attempt = dataclasses.replace(captured, codes=[], key="", _trace=None)
-            self._lower(gm, example_inputs, GatedPartitioner(config, layout), attempt.codes, dry=True)
-            traced = step_trace([*earlier, attempt])
-            if isinstance(traced, str):
-                raise MemoryBudgetError(f"memory_budget cannot be promised: {traced}")
-            traces.append(traced[0])
-            judged.append(judge(config, traces[-1], budget.fixed(), budget.open_count))
-            log.info("budget: preset %s takes %d bytes", config.preset, judged[-1].total_bytes)
-            if judged[-1].total_bytes <= budget.limit:
-                captured.chosen = config
-                return config
-        batch = next((int(v.shape[0]) for v in example_inputs if _is_data(v)), None)
-        smallest = min(zip(judged, traces, strict=True), key=lambda pair: pair[0].total_bytes)
-        raise MemoryBudgetError(explain(budget, *smallest, batch))
+
+        def write_code(partitioner: GatedPartitioner, codes: list[GeneratedCode]) -> object:
+            return self._lower(gm, example_inputs, partitioner, codes, dry=True)
+
+        config = under.choose(captured, layout, example_inputs, write_code)
+        if self.plan_only:
+            raise PlanReady
+        return config
 
     def _lower_plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.executor != "inductor" or self.plan_only:
@@ -238,8 +182,16 @@ def gate_layout(example_inputs: Sequence[Any], gates: GateTable) -> tuple[GateLa
     return GateLayout(len(example_inputs), tuple(tuple(v) for v in by_unit.values())), tuple(by_unit)
 
 
-def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTable) -> Callable[..., Any]:
-    """The function that dynamo calls: looks the gates up by parameter and drops the gradients of closed units."""
+def bind_gates(
+    compiled: Callable[..., Any],
+    layout: GateLayout,
+    gates: GateTable,
+    check: Check,
+) -> Callable[..., Any]:
+    """The function that dynamo calls: looks the gates up by parameter and drops the gradients of closed units.
+
+    ``check`` is given the arguments before anything runs.
+    """
     params = [index for group in layout.params for index in group]
     leads = [group[0] for group in layout.params]
     table = weakref.ref(gates)
@@ -249,6 +201,7 @@ def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTabl
         assert gates is not None, "the session of this model is gone"
         if not torch.is_grad_enabled():
             return compiled(*args, *(gates.always_open for _ in leads))
+        check(args)
         values = [gates.gate_of(args[index]) for index in leads]
         is_open = [bool(gates.gate_of(args[index])) for index in params]
         if _ghosts_would_be_read():
@@ -261,8 +214,8 @@ def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTabl
     return run
 
 
-def _is_data(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() > 0
+def _no_check(_: Sequence[Any]) -> None:
+    """Without a budget any size will do."""
 
 
 def _ghosts_would_be_read() -> bool:

@@ -13,9 +13,16 @@ from torch import fx
 
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
 from slimfit_fx.capture.partitioner import GatedPartitioner
+from slimfit_fx.graph.joint import module_path
+from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.planning.dry_run import GeneratedCode
+from slimfit_fx.planning.labels import LABEL, saved_label
 
 Compiled = Callable[..., Any]
+
+_NO_FX_CACHE: dict[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+_NO_CACHE: dict[str, Any] = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+"""Of Inductor and of AOTAutograd, where code is written but not kept."""
 
 
 def add_gate_inputs(gm: fx.GraphModule, count: int) -> fx.GraphModule:
@@ -70,8 +77,8 @@ def lower_with_inductor(
         patches["allow_buffer_reuse"] = False
     functorch: dict[str, Any] = {"donated_buffer": False}  # Inductor would reuse the storage of a ghost
     if dry:
-        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-        functorch |= {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+        patches |= _NO_FX_CACHE
+        functorch |= _NO_CACHE
     with torch._functorch.config.patch(functorch):
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile(codes, dry), config_patches=patches)
         return compiled
@@ -95,11 +102,29 @@ def _inner_compile(codes: list[GeneratedCode], dry: bool) -> Callable[..., Any]:
 
 
 def copy_placeholders(graph: fx.Graph) -> fx.Graph:
-    """A graph with the inputs of ``graph`` only: the compiler changes the graph it is given."""
+    """A graph with the inputs of ``graph`` only, and their labels: the compiler changes the graph it is given."""
     copied = fx.Graph()
     for node in graph.find_nodes(op="placeholder"):
-        copied.placeholder(str(node.target))
+        encoded = node.meta.get(ENCODED)
+        name = str(node.target) if encoded is None else encoded[0]
+        label = saved_label(name, module_path(node), encoded=encoded is not None)
+        copied.placeholder(str(node.target)).meta[LABEL] = label
     return copied
+
+
+def write_plain_code(gm: fx.GraphModule, inputs: Sequence[Any], codes: list[GeneratedCode]) -> None:
+    """Let Inductor write the code of ``gm`` as plain ``torch.compile`` would; none of it is compiled."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_inner(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        graph = copy_placeholders(module.graph)
+        with nothing_loaded():
+            compiled: Any = compile_fx_inner(module, example_inputs, **kwargs)
+        codes.append(GeneratedCode.of(compiled.source_code, graph, example_inputs))
+        return compiled
+
+    with torch._functorch.config.patch(_NO_CACHE):
+        compile_fx(add_gate_inputs(gm, 0), list(inputs), inner_compile=compile_inner, config_patches=_NO_FX_CACHE)
 
 
 @contextlib.contextmanager

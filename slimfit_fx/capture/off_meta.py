@@ -20,14 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @contextlib.contextmanager
-def off_meta(model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[nn.Module, Any, Any]]:
+def off_meta(model: nn.Module, args: Any, kwargs: Any, *, always: bool = False) -> Iterator[tuple[nn.Module, Any, Any]]:
     """Yield (model, args, kwargs) fit for capture: as they are, or as fake CPU tensors where any of them is on meta.
+
+    ``always``: as fake tensors in any case; those that are not on meta keep their device.
 
     The model itself is not touched: the copy shares nothing but its code. Tied parameters stay tied. The context must
     stay open while the copy is captured.
     """
     state = list(itertools.chain(model.parameters(), model.buffers()))
-    if not any(isinstance(t, Tensor) and t.is_meta for t in (*state, *tree_leaves((args, kwargs)))):
+    if not always and not any(isinstance(t, Tensor) and t.is_meta for t in (*state, *tree_leaves((args, kwargs)))):
         yield model, args, kwargs
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)

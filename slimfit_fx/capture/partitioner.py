@@ -14,8 +14,8 @@ import hashlib
 import logging
 import pathlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ log = logging.getLogger("slimfit_fx.capture")
 
 PLAN_SINK: contextvars.ContextVar[list[GraphPlan] | None] = contextvars.ContextVar("slimfit_fx_plan_sink", default=None)
 """Where the plan of the graph being compiled goes; for display only, nothing at run time reads it."""
+
+
+class PlanTooLarge(Exception):  # noqa: N818  (not an error: it ends an attempt whose saved values alone do not fit)
+    """Raised after partitioning, before any code is written."""
 
 
 class PlanReady(Exception):  # noqa: N818  (not an error: it ends a compile that was started for its plan only)
@@ -57,6 +61,8 @@ class GatedPartitioner(CustomPartitionerFn):
     config: Config
     layout: GateLayout
     plan_only: bool = False
+    gives_up: Callable[[GraphPlan], bool] | None = field(default=None, compare=False, repr=False)
+    """Ends a compile that was started for its peak, if the plan alone tells enough."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Enter cache keys, which pickle Inductor's whole configuration, as the ``uuid`` and nothing else."""
@@ -82,6 +88,8 @@ class GatedPartitioner(CustomPartitionerFn):
         sink = PLAN_SINK.get()
         if sink is not None:
             sink.append(plan)
+        if self.gives_up is not None and self.gives_up(plan):
+            raise PlanTooLarge
         if self.plan_only:
             raise PlanReady
         return forward, backward

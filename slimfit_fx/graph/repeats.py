@@ -64,11 +64,12 @@ def cuts(nodes: Sequence[fx.Node], run: Run) -> Iterator[list[Window]]:
             yield alike
 
 
-def crossing_into(nodes: Sequence[fx.Node], window: Window) -> list[fx.Node]:
-    """Values that are made before ``window`` begins and read in it or behind it."""
+def crossing(nodes: Sequence[fx.Node], windows: Sequence[Window]) -> set[fx.Node]:
+    """Values that are made before a window begins, or before the last one ends, and read behind that place."""
     position = {node: index for index, node in enumerate(nodes)}
-    start = position[window[0]]
-    return [n for n in nodes[:start] if any(position.get(user, -1) >= start for user in n.users)]
+    borders = [position[window[0]] for window in windows] + [position[windows[-1][-1]] + 1] if windows else []
+    last = {n: max((position[user] for user in n.users if user in position), default=-1) for n in nodes}
+    return {n for border in borders for n in nodes[:border] if last[n] >= border}
 
 
 def _kinds(nodes: Sequence[fx.Node]) -> list[int]:

@@ -18,18 +18,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slimfit_fx.config import Config
+from slimfit_fx.config import RECOMPUTE, Config
 from slimfit_fx.planning.peak import StepTrace
+from slimfit_fx.planning.rows import GraphPlan
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
-_LOW_PRICE = 0.2
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 
 
 class MemoryBudgetError(ValueError):
-    """No plan fits the budget."""
+    """No plan fits the budget. ``smallest_bytes``: the smallest budget that would do, if it is known."""
+
+    def __init__(self, message: str, *, smallest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class FixedBytes:
     optimizer_state: int
     update: int
     """Gradients, copies of open weights for the distances and the optimizer's temporaries, while it steps."""
+    gradients: int = 0
+    """Of the largest units that may be open, and of all that always trains."""
 
     @property
     def total(self) -> int:
@@ -55,6 +61,8 @@ class Budget:
     limit: int
     open_count: int
     fixed: Callable[[], FixedBytes]
+    accumulates: bool = False
+    """Gradients of earlier micro-batches are alive in forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -110,30 +118,52 @@ def fixed_bytes(
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
         optimizer_state=optimizer_state,
         update=trained + (opened if copies else 0) + temporaries,
+        gradients=trained,
     )
 
 
 def candidates(config: Config) -> list[Config]:
-    """What is tried under a budget, least lossy first; the last one is the smallest that ``config`` allows."""
+    """What is tried under a budget, in order: what costs least time first, and of that the least lossy.
+
+    Codecs that the preset allows come before running products again, which costs time in every step; whole blocks are
+    run again only if nothing else fits.
+    """
+    levels = RECOMPUTE[RECOMPUTE.index(config.recompute) :]
     weaker = [dataclasses.replace(config, preset=name, codecs=None) for name in _WEAKER[config.preset]]
-    return [*weaker, config, dataclasses.replace(config, recompute_price=_LOW_PRICE * config.recompute_price)]
+    return [dataclasses.replace(one, recompute=level) for level in levels for one in (*weaker, config)]
 
 
-def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int) -> Judged:
-    """What a step takes with the plan that ``trace`` was compiled from."""
+def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int, *, accumulates: bool = False) -> Judged:
+    """What a step takes with the plan that ``trace`` was compiled from.
+
+    ``accumulates``: gradients of earlier micro-batches are alive all through it.
+    """
     worst, _ = trace.worst(min(open_count, trace.num_gates))
-    return Judged(config, worst, fixed.total + max(worst, fixed.update))
+    earlier = fixed.gradients if accumulates else 0
+    return Judged(config, worst, fixed.total + max(earlier + worst, fixed.update))
+
+
+def saved_alone_exceed(plan: GraphPlan, budget: Budget) -> bool:
+    """Whether what ``plan`` holds between forward and backward is clearly too much: then no code need be written.
+
+    The saved values of a graph never share memory, and all of them are alive at once; a tenth is left for what Inductor
+    may still merge.
+    """
+    by_gate: dict[str, int] = {}
+    for row in plan.rows:
+        if row.gates:
+            by_gate[row.gates[0]] = by_gate.get(row.gates[0], 0) + row.bytes_open - row.bytes_closed
+    held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
+    held += sum(heapq.nlargest(budget.open_count, by_gate.values()))
+    fixed = budget.fixed()
+    return fixed.total + (fixed.gradients if budget.accumulates else 0) + 0.9 * held > budget.limit
 
 
 def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -> str:
     """Why nothing fits, the smallest peak that would (``best``, of ``trace``), and what would bring it down."""
     fixed, open_count = budget.fixed(), budget.open_count
-    lines = [
-        f"memory_budget: nothing fits into {_gib(budget.limit)}. The smallest step takes {_gib(best.total_bytes)}: "
-        f"{_gib(fixed.parameters + fixed.buffers)} parameters and buffers, {_gib(fixed.optimizer_state)} optimizer "
-        f"state, {_gib(best.step_peak_bytes)} in the step itself (preset {best.config.preset})"
-    ]
-    room = budget.limit - fixed.total
+    lines = [f"memory_budget: nothing fits into {format_bytes(budget.limit)}. {_takes(budget, best)}"]
+    room = budget.limit - fixed.total - (fixed.gradients if budget.accumulates else 0)
     if room <= 0:
         return lines[0] + ": parameters and optimizer state alone do not fit; use a smaller model or optimizer"
     fewer = next((k for k in range(open_count - 1, 0, -1) if trace.worst(k)[0] <= room), None)
@@ -151,5 +181,29 @@ def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -
     return "; ".join(lines)
 
 
-def _gib(size: int) -> str:
+def describe_excess(budget: Budget, best: Judged, batch: int | None) -> str:
+    """What is said when a model that is trained already meets a batch that no plan fits."""
+    which = "" if batch is None else f" with a batch of {batch}"
+    return (
+        f"slimfit_fx: memory_budget: nothing fits into {format_bytes(budget.limit)}{which}: training "
+        f"goes on with the smallest plan there is. {_takes(budget, best)}"
+    )
+
+
+def _takes(budget: Budget, best: Judged) -> str:
+    fixed = budget.fixed()
+    earlier = fixed.gradients if budget.accumulates else 0
+    text = (
+        f"The smallest step takes {format_bytes(best.total_bytes)} ({best.total_bytes} bytes): "
+        f"{format_bytes(fixed.parameters + fixed.buffers)} parameters and buffers, "
+        f"{format_bytes(fixed.optimizer_state)} optimizer state"
+    )
+    if fixed.update > earlier + best.step_peak_bytes:
+        return f"{text}, {format_bytes(fixed.update)} in the optimizer's step ({best.config.label})"
+    accumulated = f", {format_bytes(earlier)} accumulated gradients" if earlier else ""
+    return f"{text}{accumulated}, {format_bytes(best.step_peak_bytes)} in the step itself ({best.config.label})"
+
+
+def format_bytes(size: int) -> str:
+    """``"5.25 GiB"`` or ``"5.3 MiB"``."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

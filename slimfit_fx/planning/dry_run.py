@@ -9,6 +9,7 @@ gates, before a byte is allocated.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import types
@@ -23,7 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from slimfit_fx.graph.joint import hint
+from slimfit_fx.planning.labels import GRADIENT, LABEL
 from slimfit_fx.planning.peak import Event, StepTrace
+from slimfit_fx.planning.sizes import Symbolic, SymbolicTensor, describe_inputs, read_symbols, value_at
 
 Wrapper = Callable[[list[Any]], Sequence[Any]]
 _BRANCH = re.compile(r"(^|_)cone_\d+_open$")
@@ -55,12 +58,27 @@ class GeneratedCode:
     """None for what is neither a tensor nor a number."""
     names: tuple[str, ...]
     """Names of the inputs, as the graph has them."""
+    labels: tuple[str, ...] = ()
+    """What the inputs are called in reports; nothing for those that have no label."""
+    symbolic: tuple[Symbolic, ...] | None = None
+    """The inputs with symbols for sizes, where some size is one."""
 
     @classmethod
     def of(cls, source: str, graph: fx.Graph, inputs: Sequence[Any]) -> GeneratedCode:
         """The code of ``graph``, compiled for these example inputs."""
-        names = tuple(str(node.target) for node in graph.find_nodes(op="placeholder"))
-        return cls(source, tuple(map(_spec_of, inputs)), names)
+        nodes = graph.find_nodes(op="placeholder")
+        names, labels = (tuple(str(n.target) for n in nodes), tuple(n.meta.get(LABEL, str(n.target)) for n in nodes))
+        return cls(source, tuple(map(_spec_of, inputs)), names, labels, describe_inputs(inputs))
+
+    def at(self, values: Mapping[Any, int]) -> GeneratedCode:
+        """The same code, called with inputs of other sizes: ``values`` says what the symbols stand for.
+
+        Raises:
+            LookupError: a symbol is missing.
+        """
+        if self.symbolic is None:
+            return self
+        return dataclasses.replace(self, inputs=tuple(_spec_at(x, values) for x in self.symbolic))
 
     @property
     def tangents(self) -> int:
@@ -72,6 +90,23 @@ def _spec_of(value: Any) -> TensorSpec | int | None:
     if isinstance(value, torch.Tensor):
         return TensorSpec.of(value)
     return hint(value) if isinstance(value, (int, torch.SymInt)) else None
+
+
+def _spec_at(value: Symbolic, values: Mapping[Any, int]) -> TensorSpec | int | None:
+    if isinstance(value, SymbolicTensor):
+        shape, strides = (tuple(value_at(s, values) for s in sizes) for sizes in (value.shape, value.strides))
+        return TensorSpec(shape, strides, value.dtype, value.device)
+    return None if value is None else value_at(value, values)
+
+
+def codes_at(codes: Sequence[GeneratedCode], arguments: Sequence[Any]) -> list[GeneratedCode]:
+    """The codes of forward and backward as a call of the graph with ``arguments`` would run them.
+
+    Raises:
+        LookupError: a size depends on more than the arguments.
+    """
+    values = read_symbols(codes[0].symbolic or (), arguments)
+    return [code.at(values) for code in codes]
 
 
 def trace_step(forward: GeneratedCode, backward: GeneratedCode, *, first_gate: int, num_gates: int) -> StepTrace:
@@ -97,12 +132,15 @@ def trace_step(forward: GeneratedCode, backward: GeneratedCode, *, first_gate: i
     late = [run.tangent(x, name) for x, name in zip(backward.inputs[num_saved:], names, strict=True)]
     # symbols come first in backward and last in forward (torch/_functorch/partitioners.py)
     symbols, tensors = [s for s in saved if not isinstance(s, StandIn)], [s for s in saved if isinstance(s, StandIn)]
-    for tensor, name in zip(tensors, backward.names[len(symbols) :], strict=False):
+    for tensor, name in zip(tensors, backward.labels[len(symbols) :], strict=False):
         if tensor.block is not None:
             meter.labels[tensor.block.number] = name
     arguments = [*symbols, *tensors, *late]
     del saved, symbols, tensors, late
     grads = load_wrapper(backward.source, run)(arguments)
+    for grad in grads:
+        if isinstance(grad, StandIn) and grad.block is not None:
+            meter.labels[grad.block.number] = GRADIENT
     trace = StepTrace(tuple(meter.events), boundary, dict(meter.labels), num_gates)
     del grads, kept
     return trace

@@ -16,7 +16,7 @@ from torch import fx
 from slimfit_fx.codecs import Codec, ValueSpec
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
-from slimfit_fx.graph.repeats import crossing_into, cuts, find_run
+from slimfit_fx.graph.repeats import crossing, cuts, find_run
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 
@@ -151,8 +151,7 @@ class Planner:
         nodes = [n for n in nodes if ops.op_name(n) != "inductor_lookup_seed"]
         run = find_run(nodes, fewest_saved=_FEWEST_REPEATED)
         windows = next(cuts(nodes, run), []) if run is not None else []
-        crossing = {n for window in windows for n in crossing_into(nodes, window)}
-        return {ops.view_base(n) for n in crossing if ops.is_tensor(n)}
+        return {ops.view_base(n) for n in crossing(nodes, windows) if ops.is_tensor(n)}
 
     def _needed_backward(self) -> set[fx.Node]:
         """Nodes only backward can run that some gradient depends on."""
@@ -260,7 +259,7 @@ class Planner:
         return size * _PRICE_PER_BYTE["pointwise" if ops.is_pointwise(node) else "rearrange"]
 
     def _product_price(self, node: fx.Node) -> float:
-        """Products with a parameter run again only where that was asked for; attention scores do if their heads are small."""
+        """Products with a parameter run again only where that was asked for; attention scores of small heads always may."""
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         inner = hint(tensors[-1].meta["val"].shape[0 if tensors[-1].meta["val"].dim() == 2 else -2])
         flops = 2.0 * hint(node.meta["val"].numel()) * inner

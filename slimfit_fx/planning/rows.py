@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimfit_fx.planning.peak import PeakForecast
+from slimfit_fx.planning.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,17 @@ class MemoryPlan:
     peak: PeakForecast | None = None
     """The physical peak of the step, from the compiled code; None if it is not known, see ``peak_unknown``."""
     peak_unknown: str = ""
+    timeline: Timeline | None = None
+    """The worst step: bytes over time, and who is alive at its peak."""
+    before: Timeline | None = None
+    """The same step under plain torch.compile, if it was compared."""
+    before_unknown: str = ""
+
+    def with_comparison(self, before: Timeline | str) -> MemoryPlan:
+        """The same plan with plain torch.compile's step beside it, or the reason why that is not known."""
+        if isinstance(before, str):
+            return dataclasses.replace(self, before_unknown=before)
+        return dataclasses.replace(self, before=before)
 
     def totals(self) -> Totals:
         """Sum the rows. *expected*: each unit open with probability ``1 - freeze_rate``."""

@@ -19,8 +19,10 @@ from typing import TypeVar
 
 from tabulate import tabulate
 
+from slimfit_fx.planning.chart import draw_chart
 from slimfit_fx.planning.peak import PeakForecast
 from slimfit_fx.planning.rows import MemoryPlan, PlanRow
+from slimfit_fx.planning.timeline import AliveRow, Timeline
 
 T = TypeVar("T")
 
@@ -77,13 +79,54 @@ def format_plan(plan: MemoryPlan, html: bool = False) -> str:
     parts.append(write.table(("totals", "MB", ""), _totals(plan), ("left", "right", "left")))
     if plan.peak is not None:
         parts.append(write.table(("step peak, predicted", "MB", ""), _peak(plan.peak), ("left", "right", "left")))
-        alive = [[what, str(count), _mb(size)] for what, count, size in plan.peak.alive[:MAX_ALIVE_LINES]]
-        parts.append(write.table(("alive at the worst peak", "how many", "MB"), alive, ("left", "right", "right")))
+        if plan.timeline is not None:
+            parts += _timelines(plan, plan.timeline, write)
     elif plan.peak_unknown:
         parts.append(write.lines([f"Step peak: not known: {plan.peak_unknown}"]))
     legend = _LEGEND + (_PEAK_LEGEND if plan.peak is not None else ())
     parts += [write.lines(lines) for lines in (_units(plan), _left_alone(plan), plan.notes, legend) if lines]
     return "\n\n".join(parts)
+
+
+def _timelines(plan: MemoryPlan, timeline: Timeline, write: _Text) -> list[str]:
+    """Charts on one scale, then who is alive at the peak: under plain torch.compile, if compared, and here."""
+    steps = [] if plan.before is None else [("plain torch.compile", plan.before)]
+    steps.append(("slimfit_fx", timeline))
+    top = max(step.highest_bytes for _, step in steps)
+    charts = [
+        write.chart([f"{name}: {_mb(step.highest_bytes)} MB in {step.phase}", *draw_chart(step, top_bytes=top)])
+        for name, step in steps
+    ]
+    tables = [
+        write.table((f"alive at the peak, {name}", "how many", "MB"), alive_lines(step), ("left", "right", "right"))
+        for name, step in steps
+    ]
+    unknown = [write.lines([f"Plain torch.compile: not known: {plan.before_unknown}"])] if plan.before_unknown else []
+    return [*charts, *tables, *unknown]
+
+
+def alive_lines(step: Timeline) -> list[list[str]]:
+    """Who is alive at the peak of a step, layers folded, largest first; the rest in one line."""
+    groups: dict[Hashable, list[AliveRow]] = {}
+    for row in step.alive:
+        groups.setdefault((row.kind, row.what, _numbers_out(row.module)[0], row.size_bytes), []).append(row)
+    folded = [
+        (f"{rows[0].kind} {rows[0].what}, {where}" if rows[0].module else _what(rows[0]), rows)
+        for group in groups.values()
+        for where, rows in _fold_paths(group, lambda row: row.module)
+    ]
+    lines = sorted(
+        ((text, sum(r.count for r in rows), sum(r.size_bytes for r in rows)) for text, rows in folded),
+        key=lambda line: -line[2],
+    )
+    shown, rest = lines[:MAX_ALIVE_LINES], lines[MAX_ALIVE_LINES:]
+    if rest:
+        shown.append(("all others", sum(line[1] for line in rest), sum(line[2] for line in rest)))
+    return [[text, str(count), _mb(size)] for text, count, size in shown]
+
+
+def _what(row: AliveRow) -> str:
+    return "gradients" if row.kind == "gradient" else f"{row.kind} {row.what}"
 
 
 def fold_rows(rows: Iterable[PlanRow]) -> list[FoldedRow]:
@@ -298,6 +341,9 @@ class _Text:
     def lines(self, lines: Sequence[str]) -> str:
         return "\n".join(lines)
 
+    def chart(self, lines: Sequence[str]) -> str:
+        return "\n".join(lines)
+
 
 class _Html(_Text):
     """An HTML fragment; everything that comes from the model is escaped."""
@@ -309,3 +355,6 @@ class _Html(_Text):
 
     def lines(self, lines: Sequence[str]) -> str:
         return "<p>" + "<br>".join(html_module.escape(line) for line in lines) + "</p>"
+
+    def chart(self, lines: Sequence[str]) -> str:
+        return f"<pre>{html_module.escape(chr(10).join(lines))}</pre>"

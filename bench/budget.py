@@ -1,0 +1,178 @@
+"""Budgets that were accepted against what steps then took: ``python -m bench.budget``.
+
+Random small models, presets, batches and budgets between the smallest that fits and the largest that makes a
+difference; the seed makes them the same in every run. Each accepted budget is held against the allocator's events over
+some steps under ILS, optimizer's step included. For every model the budgets are also taken in falling order: the peak
+may never rise. Results go to ``bench/results/budget-cpu.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+import slimfit_fx
+from bench import report
+from bench.measure import step_peak
+from bench.models import Case, build_model, make_batch, make_case
+
+TOLERANCE = 1.01
+
+
+@dataclass(frozen=True)
+class Group:
+    """One model, trained under several budgets."""
+
+    case: Case
+    preset: str
+    freeze_rate: float
+    accumulates: bool
+
+    def settings(self, budget: int) -> dict[str, Any]:
+        """For ``slimfit_fx.optimize`` and ``plan``."""
+        own = {"preset": self.preset, "freeze_rate": self.freeze_rate}
+        return {**own, "memory_budget": budget, "gradient_accumulation": self.accumulates}
+
+    @property
+    def name(self) -> str:
+        """A short one for the table."""
+        return f"{self.case.name} {self.preset} freeze {self.freeze_rate}{' accum' if self.accumulates else ''}"
+
+
+def groups(count: int, seed: int) -> list[Group]:
+    """``count`` random groups; every model and preset has its turn."""
+    draw = random.Random(seed)
+    found = []
+    for index in range(count):
+        model = ("bert", "gpt2", "llama", "vit")[index % 4]
+        size = {"batch": draw.randint(4, 24), "length": draw.choice((32, 48, 64, 96)), "layers": draw.randint(1, 2)}
+        width = draw.choice((64, 128))
+        case = make_case(model, **size, width=width, heads=2, vocab=draw.choice((200, 1000)), resolution=64)
+        preset = ("max", "balanced", "paper")[index % 3]
+        found.append(Group(case, preset, draw.choice((0.5, 0.8, 0.9)), accumulates=draw.random() < 0.25))
+    return found
+
+
+def smallest_and_largest(group: Group) -> tuple[int, int]:
+    """(the smallest budget that fits, one that the least lossy plan fits)."""
+    inputs, model = make_batch(group.case), build_model(group.case)
+    config = slimfit_fx.Config(**group.settings(1))
+    try:
+        slimfit_fx.plan(model, config=config, **inputs)
+    except slimfit_fx.MemoryBudgetError as error:
+        smallest = error.smallest_bytes
+    assert smallest is not None
+    config = slimfit_fx.Config(**group.settings(1 << 40))
+    plan = slimfit_fx.plan(model, config=config, **inputs)
+    assert plan.peak is not None
+    # parameters and AdamW's state
+    return smallest, max(smallest + 1, int(1.05 * (3 * plan.parameter_bytes + plan.peak.worst_bytes)))
+
+
+def measure(group: Group, budget: int, steps: int) -> dict[str, Any]:
+    """Train under one budget, and say what it took."""
+    torch._dynamo.reset()
+    began = time.perf_counter()
+    model, inputs = build_model(group.case), make_batch(group.case)
+    slimfit_fx.optimize(model, **group.settings(budget))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    call(model, inputs).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = held(model, optimizer)
+    most = 0
+    for _ in range(steps):
+        for _ in range(2 if group.accumulates else 1):
+            earlier = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+            found = step_peak(lambda: call(model, inputs), backward=lambda outputs: outputs.loss.backward())
+            most = max(most, earlier + found.peak_bytes)
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+        most = max(most, gradients + step_peak(optimizer.step).peak_bytes)
+        optimizer.zero_grad()
+    plan = slimfit_fx.session(model).plan
+    chosen = [note for note in plan.notes if "memory_budget" in note]
+    predicted = None if plan.peak is None else plan.peak.worst_bytes
+    seconds = time.perf_counter() - began
+    return {
+        "budget": budget, "measured": before + most, "predicted_step": predicted, "preset": plan.preset,
+        "notes": chosen, "seconds": seconds,
+    }  # fmt: skip
+
+
+def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """All that the model returns, kept until backward is done."""
+    return model(**inputs)
+
+
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of parameters, buffers and optimizer state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measure one group, in this process."""
+    group = groups(options.groups, options.seed)[options.worker]
+    draw = random.Random(options.seed * 1000 + options.worker)
+    low, high = smallest_and_largest(group)
+    budgets = sorted((low, *(draw.randint(low, high) for _ in range(options.budgets - 1))), reverse=True)
+    rows = [measure(group, budget, options.steps) for budget in budgets]
+    report.write_out(options.out, {"smallest": low, "rows": rows})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the groups, print the table, store the results; return 1 with ``--check`` if a bound is missed."""
+    parser = argparse.ArgumentParser("python -m bench.budget", description=__doc__.splitlines()[0])
+    parser.add_argument("--groups", type=int, default=12)
+    parser.add_argument("--budgets", type=int, default=5, help="of each group")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps under each budget")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-save", action="store_true", help="write no result file")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed or a group failed")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker is not None:
+        work(options)
+        return 0
+    results = []
+    numbers = [f"--{name}={getattr(options, name)}" for name in ("groups", "budgets", "steps", "seed")]
+    for index, group in enumerate(groups(options.groups, options.seed)):
+        print(f"{group.name} ...", file=sys.stderr, flush=True)
+        outcome = report.run_worker("bench.budget", [*numbers, "--worker", str(index)], timeout_s=1800)
+        results.append({"name": group.name, **outcome})
+        if not options.no_save:
+            report.save("budget-cpu", {"results": results}, device="cpu", module="bench.budget")
+    return _report(results, options)
+
+
+def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    lines, count, above, rises = [], 0, 0, 0
+    for result in results:
+        if "error" in result:
+            lines.append([result["name"], None, None, result["error"][-60:]])
+            continue
+        rows = result["rows"]
+        shares = [row["measured"] / row["budget"] for row in rows]
+        peaks = [row["predicted_step"] for row in rows]
+        rose = sum(later > earlier for earlier, later in zip(peaks, peaks[1:], strict=False))
+        count, rises, above = count + len(rows), rises + rose, above + sum(share > TOLERANCE for share in shares)
+        lines.append([result["name"], max(shares), rose, " ".join(row["preset"] for row in rows)])
+    print(tabulate(lines, headers=["case", "most of the budget used", "rises", "presets, budget falling"]))
+    failed = above > 0 or rises > 0 or any("error" in result for result in results)
+    print(f"\n{count} accepted budgets: {above} exceeded by more than 1%, peak rose {rises} times under a falling one")
+    return int(options.check and failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What is known of the graphs that were captured, and the memory events of a step through them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from slimfit_fx.capture.fit import SizeWatch
+from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import Judged
+from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
+from slimfit_fx.planning.peak import StepTrace, join
+from slimfit_fx.planning.rows import GraphPlan
+from slimfit_fx.planning.store import load_trace, save_trace
+
+log = logging.getLogger("slimfit_fx.capture")
+
+
+@dataclass
+class CapturedGraph:
+    """What is known of one compiled graph, for reports. ``unit_names[k]`` names gate ``k`` as it was at capture."""
+
+    unit_names: tuple[str, ...]
+    is_recompile: bool
+    plan: GraphPlan | None = None
+    num_inputs: int = 0
+    key: str = ""
+    """Names it in the store of plans; empty for one that is only tried."""
+    codes: list[GeneratedCode] = field(default_factory=list, repr=False)
+    """What Inductor wrote for it: forward, backward."""
+    chosen: Config | None = None
+    """The settings that a budget led to, if there is one."""
+    judged: Judged | None = None
+    """What a step takes with them, by the largest sizes that were called so far."""
+    largest: StepTrace | None = field(default=None, repr=False)
+    """Under a budget: the memory events of those sizes."""
+    watch: SizeWatch | None = field(default=None, repr=False)
+    """Under a budget, where sizes are symbolic: notices larger ones."""
+    _trace: StepTrace | None = field(default=None, repr=False)
+
+    def trace(self) -> StepTrace | str:
+        """All memory events of a step through this graph, or why they are not known."""
+        if self._trace is None:
+            self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
+        if self._trace is not None:
+            return self._trace
+        return "no compiled backward of it was seen: run one training step with executor inductor"
+
+    def keep_trace(self, trace: StepTrace) -> None:
+        """Take ``trace`` for its own, by the sizes that it was compiled for."""
+        self.largest = self._trace = trace
+
+    def with_trace(self, trace: StepTrace) -> CapturedGraph:
+        """The same graph, as if a step through it were ``trace``."""
+        return dataclasses.replace(self, codes=[], _trace=trace)
+
+    def at_its_largest(self) -> CapturedGraph:
+        """The same graph, called with the largest sizes it had so far."""
+        return self if self.largest is None else self.with_trace(self.largest)
+
+    def _kept(self) -> StepTrace | None:
+        return load_trace(self.key) if self.key else None
+
+    def _dry_run(self) -> StepTrace | None:
+        forward, backward = self.codes
+        try:
+            with torch.no_grad(), torch._C._DisableAutocast():
+                trace = trace_step(forward, backward, first_gate=self.num_inputs, num_gates=len(self.unit_names))
+        except Exception:  # for display only: what Inductor wrote may hold anything
+            log.warning("the memory of a compiled graph could not be followed", exc_info=True)
+            return None
+        self.codes.clear()
+        if self.key:
+            save_trace(self.key, trace)
+        return trace
+
+
+def step_trace(graphs: Sequence[CapturedGraph]) -> tuple[StepTrace, tuple[str, ...]] | str:
+    """The memory events of a step through all ``graphs`` and the names of its gates, or why they are not known."""
+    training = [graph for graph in graphs if graph.unit_names]
+    traces = [graph.trace() for graph in training]
+    unknown = [trace for trace in traces if isinstance(trace, str)]
+    if unknown or not traces:
+        return unknown[0] if unknown else "no graph with a gate was captured"
+    names = tuple(dict.fromkeys(name for graph in training for name in graph.unit_names))
+    numbers = [[names.index(name) for name in graph.unit_names] for graph in training]
+    return join([trace for trace in traces if not isinstance(trace, str)], numbers), names

@@ -1,0 +1,119 @@
+"""Which settings fit a budget, and whether they still do when a batch grows.
+
+Before a graph is compiled, candidates are tried from the least lossy on: Inductor writes the code of each, and a dry
+run of that code tells its physical peak (planning/budget.py). A graph with symbolic sizes serves larger batches
+without being compiled again, so each call with larger sizes runs the same code dry at those sizes first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimfit_fx.capture.partitioner import PlanTooLarge
+from slimfit_fx.config import Config
+from slimfit_fx.graph.joint import hint
+from slimfit_fx.planning.budget import Budget, Judged, judge, saved_alone_exceed
+from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
+from slimfit_fx.planning.peak import StepTrace
+from slimfit_fx.planning.rows import GraphPlan
+
+log = logging.getLogger("slimfit_fx.capture")
+
+
+class PlanOutgrown(Exception):  # noqa: N818  (not an error: it asks for another plan before anything has run)
+    """A graph was called with sizes at which its plan exceeds the budget."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate for one graph."""
+
+    config: Config
+    plan: GraphPlan
+    codes: tuple[GeneratedCode, ...]
+    trace: StepTrace
+    """Of this graph alone."""
+    step: StepTrace
+    """Of a step through this graph and those planned before it."""
+    judged: Judged
+
+
+def fits(judged: Judged, budget: Budget) -> bool:
+    """Whether the budget holds."""
+    return judged.total_bytes <= budget.limit
+
+
+def judged_under(config: Config, step: StepTrace, budget: Budget) -> Judged:
+    """What a step takes, with all that the budget must cover."""
+    return judge(config, step, budget.fixed(), budget.open_count, accumulates=budget.accumulates)
+
+
+def first_that_fits(
+    configs: Sequence[Config], attempt: Callable[[Config, Callable[[GraphPlan], bool] | None], Attempt], budget: Budget
+) -> tuple[Attempt, bool]:
+    """(the first candidate that fits, True), or (the smallest one, False).
+
+    A candidate whose saved values alone are too much is given up before its code is written, the last one excepted: so
+    that there is always one to tell of.
+    """
+    seen: list[Attempt] = []
+    for index, config in enumerate(configs):
+        last = index == len(configs) - 1
+        try:
+            found = attempt(config, None if last else lambda plan: saved_alone_exceed(plan, budget))
+        except PlanTooLarge:
+            log.info("budget: %s holds too much between forward and backward alone", config.label)
+            continue
+        log.info("budget: %s takes %d bytes", config.label, found.judged.total_bytes)
+        seen.append(found)
+        if fits(found.judged, budget):
+            return found, True
+    return min(seen, key=lambda a: a.judged.total_bytes), False
+
+
+def trace_at(codes: Sequence[GeneratedCode], arguments: Sequence[Any], first_gate: int, num_gates: int) -> StepTrace:
+    """The memory events of a compiled graph in a call with ``arguments``, whatever sizes it was compiled for.
+
+    Raises:
+        LookupError: a size depends on more than the arguments.
+        NotImplementedError: the code does what a dry run cannot follow.
+    """
+    forward, backward = codes_at(codes, arguments)
+    with torch.no_grad(), torch._C._DisableAutocast():
+        return trace_step(forward, backward, first_gate=first_gate, num_gates=num_gates)
+
+
+class SizeWatch:
+    """Notices calls of one symbolic graph that are larger than those its plan was judged for.
+
+    ``takes(arguments)`` is what a step of such sizes takes. Sizes below ones that fit are taken to fit.
+    """
+
+    def __init__(self, planned: Sequence[Any], takes: Callable[[Sequence[Any]], Judged], limit: int) -> None:
+        self._takes, self._limit = takes, limit
+        self._fitting = [sizes_of(planned)]
+
+    def outgrown_by(self, arguments: Sequence[Any]) -> Judged | None:
+        """What the step would take, if that is more than the budget; None if it fits."""
+        sizes = sizes_of(arguments)
+        if any(all(a <= b for a, b in zip(sizes, known, strict=True)) for known in self._fitting):
+            return None
+        judged = self._takes(arguments)
+        if judged.total_bytes > self._limit:
+            return judged
+        self._fitting.append(sizes)
+        return None
+
+    def allow(self, arguments: Sequence[Any]) -> None:
+        """Ask no more about these sizes."""
+        self._fitting.append(sizes_of(arguments))
+
+
+def sizes_of(arguments: Sequence[Any]) -> tuple[int, ...]:
+    """The numbers among the arguments of a graph: its symbols, by their examples while it is compiled."""
+    return tuple(hint(a) for a in arguments if isinstance(a, (int, torch.SymInt)) and not isinstance(a, bool))

@@ -1,0 +1,218 @@
+"""``max_batch``: the largest batch that fits a budget, found by dry runs on fake tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from slimfit_fx.api import checked_settings
+from slimfit_fx.capture.fit import judged_under
+from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import Judged, MemoryBudgetError, candidates, format_bytes
+from slimfit_fx.planning.rows import MemoryPlan
+from slimfit_fx.planning.search import largest_batch
+from slimfit_fx.rehearsal import Rehearsal, known_step
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The answer of ``max_batch``. Bytes are all that training holds on the device, as in ``memory_budget``."""
+
+    batch: int
+    peak_bytes: int
+    """With that batch."""
+    budget_bytes: int
+    next_peak_bytes: int
+    """With one example more: the smallest of all plans, and above the budget."""
+    config: Config
+    """The settings that ``optimize`` takes for this batch under this budget."""
+    plan: MemoryPlan
+    """Of a step with that batch."""
+    batched: tuple[str, ...]
+    """The inputs whose first dimension is the batch."""
+    dry_runs: int
+    """How many steps were planned to find out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that survive JSON."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "plan")}
+        chosen = {"preset": self.config.preset, "recompute": self.config.recompute}
+        return {**own, **chosen, "plan": self.plan.to_dict()}
+
+    def __str__(self) -> str:
+        return (
+            f"largest batch: {self.batch} ({', '.join(self.batched)}: first dimension)\n"
+            f"takes {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} with "
+            f"{self.config.label}; a batch of {self.batch + 1} would take {format_bytes(self.next_peak_bytes)}\n"
+            f"{self.dry_runs} dry runs"
+        )
+
+
+def max_batch(
+    model: nn.Module,
+    example: Any,
+    memory_budget: int | float | str,
+    *,
+    config: Config | None = None,
+    **settings: Any,
+) -> LargestBatch:
+    """The largest batch with which a training step of ``model`` fits ``memory_budget``.
+
+    Each size that is tried is planned on fake tensors, as ``plan`` does: nothing is compiled, trained or allocated.
+    The answer is confirmed: a dry run at that batch fits, and none at one example more does.
+
+    Args:
+        model: as for ``optimize``; may be on the meta device.
+        example: what the model's forward takes: a mapping of keyword arguments, a sequence of arguments, or one tensor.
+            The batch is the first dimension of every tensor whose first dimension has the size that most of them have.
+        memory_budget: bytes, ``"32GiB"``, or a share of the device's memory.
+        config: settings of ``optimize`` in one object.
+        settings: or as keywords.
+
+    Raises:
+        MemoryBudgetError: not even one example fits; with the smallest peak that would.
+        TypeError: the example is neither a mapping, a sequence nor a tensor.
+        ValueError: bad settings, no batch in the example, or a model that cannot be captured.
+    """
+    if config is None:
+        settings = {**settings, "memory_budget": memory_budget}
+    else:
+        config = dataclasses.replace(config, memory_budget=memory_budget)
+    chosen, (units, _) = checked_settings(model, config, settings, plan_only=True)
+    sized = SizedExample.of(example)
+    probes = _Probes(Rehearsal(model, units, faked=True), chosen, sized)
+    budget = probes.rehearsal.budget(chosen)
+    batch, index = largest_batch(
+        lambda c, b: probes.takes(c, b).total_bytes,
+        lambda c, b: probes.takes(c, b).total_bytes <= budget.limit,
+        len(probes.configs),
+        budget.limit,
+        start=sized.size,
+        base_bytes=budget.fixed().total,
+    )
+    if batch == 0:
+        probes.refuse(budget.limit)
+    taken = probes.takes(index, batch)
+    more = min(probes.takes(c, batch + 1).total_bytes for c in range(index, len(probes.configs)))
+    return LargestBatch(
+        batch, taken.total_bytes, budget.limit, more, taken.config, probes.plan(index, batch), sized.batched,
+        len(probes.known),
+    )  # fmt: skip
+
+
+@dataclass
+class _Probes:
+    """Planned steps by candidate and batch; each is planned once."""
+
+    rehearsal: Rehearsal
+    config: Config
+    example: SizedExample
+    known: dict[tuple[int, int], Judged] = field(default_factory=dict)
+    configs: list[Config] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.configs = candidates(self.config)
+
+    def takes(self, candidate: int, batch: int) -> Judged:
+        key = (candidate, batch)
+        if key not in self.known:
+            config = self.configs[candidate]
+            graphs = self.rehearsal.graphs(config, *self.example.at(batch), peak=True)
+            self.known[key] = judged_under(config, known_step(graphs), self.rehearsal.budget(config))
+        return self.known[key]
+
+    def plan(self, candidate: int, batch: int) -> MemoryPlan:
+        config = dataclasses.replace(self.configs[candidate], memory_budget=None)
+        return self.rehearsal.plan(config, *self.example.at(batch), peak=True)
+
+    def refuse(self, limit: int) -> None:
+        best = min((self.takes(c, 1) for c in range(len(self.configs))), key=lambda judged: judged.total_bytes)
+        raise MemoryBudgetError(
+            f"memory_budget: not even a batch of 1 fits into {format_bytes(limit)}: the smallest step takes "
+            f"{format_bytes(best.total_bytes)} ({best.config.label}); a budget of that size would do, or a "
+            "smaller model, shorter inputs or a higher freeze_rate",
+            smallest_bytes=best.total_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class SizedExample:
+    """Arguments of a forward, and which of their tensors have the batch as their first dimension."""
+
+    leaves: tuple[Any, ...]
+    structure: Any
+    batched: tuple[str, ...]
+    where: frozenset[int]
+    size: int
+    """The batch that the example has."""
+
+    @classmethod
+    def of(cls, example: Any) -> SizedExample:
+        """Find the batch in ``example``.
+
+        Raises:
+            TypeError: neither a mapping, a sequence nor a tensor.
+            ValueError: no tensor has a first dimension, or several sizes are equally common.
+        """
+        args, kwargs = _arguments(example)
+        found, structure = tree_flatten_with_path((args, kwargs))
+        names = [_name_of(keystr(path)) for path, _ in found]
+        leaves = tuple(leaf for _, leaf in found)
+        sizes = {i: int(x.shape[0]) for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0}
+        size = _common_size({names[i]: n for i, n in sizes.items()})
+        where = frozenset(i for i, n in sizes.items() if n == size)
+        return cls(leaves, structure, tuple(names[i] for i in sorted(where)), where, size)
+
+    def at(self, batch: int) -> tuple[Any, Any]:
+        """(args, kwargs) with this batch; the batched tensors are fake."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        leaves = [_resized(x, batch, mode) if i in self.where else x for i, x in enumerate(self.leaves)]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise TypeError(
+        f"example must be what the model's forward takes, a mapping of keyword arguments, a sequence of arguments or "
+        f"one tensor, got {type(example).__name__}"
+    )
+
+
+def _name_of(path: str) -> str:
+    """``[1]['input_ids']`` as ``input_ids``, ``[0][0]`` as ``argument 0``."""
+    text = path[3:].strip("[]").strip("'")
+    return f"argument {text}" if path.startswith("[0]") else text
+
+
+def _common_size(sizes: Mapping[str, int]) -> int:
+    counted = Counter(sizes.values()).most_common(2)
+    if not counted:
+        raise ValueError("no batch in the example: none of its tensors has a first dimension")
+    if len(counted) > 1 and counted[0][1] == counted[1][1]:
+        raise ValueError(
+            "which size is the batch? No first dimension is the most common one, got "
+            f"{', '.join(f'{name}: {size}' for name, size in sizes.items())}; give an example with another batch, or "
+            "bind the inputs that do not depend on it"
+        )
+    return counted[0][0]
+
+
+def _resized(x: Tensor, batch: int, mode: FakeTensorMode) -> Tensor:
+    if x.is_meta:
+        return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device="meta")
+    with mode:
+        return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device)

@@ -1,0 +1,168 @@
+"""Training steps that are planned but not run: on fake tensors, with nothing compiled and no memory for activations."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from slimfit_fx.capture.backend import SlimFitBackend
+from slimfit_fx.capture.captured import CapturedGraph, step_trace
+from slimfit_fx.capture.lower import write_plain_code
+from slimfit_fx.capture.off_meta import off_meta
+from slimfit_fx.capture.partitioner import PlanReady
+from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
+from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
+from slimfit_fx.planning.peak import StepTrace
+from slimfit_fx.planning.rows import MemoryPlan
+from slimfit_fx.planning.timeline import Timeline, read_timeline
+from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler
+from slimfit_fx.session import build_plan, make_budget, make_fixed_bytes, open_count
+from slimfit_fx.units import GateUnit
+
+E = TypeVar("E", bound=BaseException)
+CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
+
+
+@dataclass
+class Rehearsal:
+    """One model and its units. Every method takes what the model's forward takes, as ``args`` and ``kwargs``.
+
+    Inputs and model may be real, or on the meta device; ``faked`` makes fake tensors of real ones, too.
+    """
+
+    model: nn.Module
+    units: Sequence[GateUnit]
+    faked: bool = False
+
+    def plan(self, config: Config, args: Any, kwargs: Any, *, peak: bool = False, compare: bool = False) -> MemoryPlan:
+        """The plan of one step. ``peak``: with its physical peak; ``compare``: and that of plain torch.compile.
+
+        Raises:
+            MemoryBudgetError: ``config`` has a budget, and nothing fits.
+            ValueError: the model cannot be captured.
+        """
+        scheduler = self._scheduler(config)
+        budget = make_budget(self.model, config, self.units, scheduler, lambda: None)
+        graphs = self.graphs(config, args, kwargs, peak=peak or budget is not None, budget=budget)
+        opened = open_count(config, scheduler, self.units)
+        fixed = make_fixed_bytes(self.model, config, self.units, scheduler, lambda: None)
+        found = build_plan(self.model, config, self.units, graphs, None, open_count=opened, update=fixed().update)
+        return found.with_comparison(self.plain_timeline(args, kwargs)) if compare else found
+
+    def budget(self, config: Config) -> Budget:
+        """What steps of the model may take under ``config``, which has a budget."""
+        found = make_budget(self.model, config, self.units, self._scheduler(config), lambda: None)
+        assert found is not None
+        return found
+
+    def graphs(
+        self, config: Config, args: Any, kwargs: Any, *, peak: bool, budget: Budget | None = None
+    ) -> list[CapturedGraph]:
+        """What is captured of a step under ``config``.
+
+        Raises:
+            MemoryBudgetError: nothing fits ``budget``.
+            ValueError: the model cannot be captured.
+        """
+        with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
+            by_name = dict(real.named_parameters(remove_duplicate=False))
+            gates = GateTable({u.name: [by_name[u.name]] for u in self.units})
+            backend = SlimFitBackend(config, gates, "inductor", plan_only=True, with_peak=peak, budget=budget)
+            capture_only(real, backend, args, kwargs)
+        return backend.graphs
+
+    def plain_timeline(self, args: Any, kwargs: Any) -> Timeline | str:
+        """The memory of a step under plain torch.compile, or why it is not known."""
+        traced: list[StepTrace] = []
+        with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
+            capture_only(real, lambda gm, inputs: _trace_plain(gm, inputs, traced), args, kwargs)
+        if not traced:
+            return "no graph that trains was captured"
+        everything = fixed_bytes(self.model, [], 0, optimizer_state=0, copies=False)
+        return read_timeline(traced[0], (), update_bytes=everything.update)
+
+    def _scheduler(self, config: Config) -> Scheduler:
+        scheduler = make_scheduler(config.scheduler)
+        units = [UnitInfo(u.name, u.numel, u.bytes) for u in self.units]
+        scheduler.start(units, freeze_rate=config.freeze_rate, seed=0)
+        return scheduler
+
+
+def _trace_plain(gm: fx.GraphModule, inputs: Sequence[Any], traced: list[StepTrace]) -> Any:
+    codes: list[GeneratedCode] = []
+    write_plain_code(gm, inputs, codes)
+    if len(codes) == 2:
+        with torch.no_grad(), torch._C._DisableAutocast():
+            traced.append(trace_step(codes[0], codes[1], first_gate=len(inputs), num_gates=0))
+    raise PlanReady
+
+
+def known_step(graphs: Sequence[CapturedGraph]) -> StepTrace:
+    """The memory events of a step through ``graphs``.
+
+    Raises:
+        MemoryBudgetError: they are not known.
+    """
+    traced = step_trace(graphs)
+    if isinstance(traced, str):
+        raise MemoryBudgetError(f"memory_budget cannot be promised: {traced}")
+    return traced[0]
+
+
+def capture_only(model: nn.Module, backend: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Let dynamo capture one training forward for ``backend``, which ends it with ``PlanReady``.
+
+    Raises:
+        MemoryBudgetError: the backend did.
+        ValueError: the model cannot be captured.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        with torch.enable_grad():
+            own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+            torch.compile(traceable(model), backend=backend, dynamic=False, **own)(*args, **kwargs)
+    except Exception as error:
+        over = caused_by(error, MemoryBudgetError)
+        if over is not None:
+            raise over from None
+        if caused_by(error, PlanReady) is None:
+            raise ValueError(f"this model cannot be captured: {type(error).__name__}: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def caused_by(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first exception of this kind among ``error`` and its causes, as dynamo wraps them; or None."""
+    while error is not None:
+        for candidate in (error, getattr(error, "inner_exception", None)):
+            if isinstance(candidate, kind):
+                return candidate
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def traceable(model: nn.Module) -> Callable[..., Any]:
+    """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
+
+    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``). Where caches
+    cannot be isolated every model gets one: dynamo counts compiles by code, and gives up on the ninth model of a class.
+    """
+    if CAN_ISOLATE and not torch._dynamo.trace_rules.check(model.forward):
+        return model._call_impl
+    self = model  # the name that dynamo's records of modules begin with, as in a method
+
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
+    return frame

@@ -1,0 +1,74 @@
+"""``max_batch``: which dimension it takes, and that its answer holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_peak import Encoder, encoder_batch
+
+import slimfit_fx
+from slimfit_fx.fit import SizedExample
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("example", "batched", "size"),
+    [
+        ({"ids": zeros(4, 9), "mask": zeros(4, 9), "positions": zeros(1, 9)}, ("ids", "mask"), 4),
+        ({"ids": zeros(1, 9), "labels": zeros(1), "scale": zeros()}, ("ids", "labels"), 1),
+        ((zeros(3, 2), zeros(3), 7, "text"), ("argument 0", "argument 1"), 3),
+        (zeros(5, 2), ("argument 0",), 5),
+    ],
+)
+def test_the_batch_is_the_size_that_most_inputs_share(example, batched, size):
+    found = SizedExample.of(example)
+    assert (found.batched, found.size) == (batched, size)
+    args, kwargs = found.at(11)
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()]
+    assert [x.shape[0] for x in given].count(11) == len(batched)
+    assert all(type(x).__name__ == "FakeTensor" for x in given if x.shape[0] == 11), "no memory is taken for a probe"
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "match"),
+    [
+        ({"a": zeros(4), "b": zeros(5)}, ValueError, "which size is the batch.*got a: 4, b: 5"),
+        ({"a": zeros()}, ValueError, "no batch in the example"),
+        ("text", TypeError, "example must be .*got str"),
+    ],
+)
+def test_examples_without_a_batch(example, error, match):
+    with pytest.raises(error, match=match):
+        slimfit_fx.max_batch(Encoder(), example, 10**6)
+
+
+def test_settings_are_checked_first():
+    with pytest.raises(ValueError, match="memory_budget must be bytes, .*got '6 gigs'"):
+        slimfit_fx.max_batch(Encoder(), encoder_batch(2), "6 gigs")
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_the_largest_batch_fits_and_the_next_does_not():
+    settings = {"preset": "exact", "freeze_rate": 0.6}
+    found = slimfit_fx.max_batch(Encoder(), encoder_batch(3, 16), 3_000_000, **settings)
+    assert found.peak_bytes <= found.budget_bytes == 3_000_000 < found.next_peak_bytes
+    assert found.batched == ("argument 0", "argument 1") and found.dry_runs <= 8
+    assert found.plan.peak is not None and json.loads(json.dumps(found.to_dict()))["batch"] == found.batch
+    assert f"largest batch: {found.batch} (argument 0, argument 1: first dimension)" in str(found)
+
+    plan = slimfit_fx.plan(Encoder(), *encoder_batch(found.batch, 16), memory_budget=3_000_000, **settings)
+    assert plan.peak == found.plan.peak, "optimize takes the plan that was found"
+    with pytest.raises(slimfit_fx.MemoryBudgetError) as error:
+        slimfit_fx.plan(Encoder(), *encoder_batch(found.batch + 1, 16), memory_budget=3_000_000, **settings)
+    assert error.value.smallest_bytes == found.next_peak_bytes
+
+    with pytest.raises(slimfit_fx.MemoryBudgetError, match="not even a batch of 1 fits into 0.5 MiB") as error:
+        slimfit_fx.max_batch(Encoder(), encoder_batch(3, 16), 500_000, **settings)
+    smallest = error.value.smallest_bytes
+    assert slimfit_fx.max_batch(Encoder(), encoder_batch(1, 16), smallest, **settings).batch >= 1

@@ -1,0 +1,62 @@
+"""The largest batch, on made-up peaks: against trying every batch, and how often it asks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimfit_fx.planning.search import largest_batch
+
+
+@st.composite
+def peaks(draw):
+    """Bytes by candidate and batch: growing, straight in parts, with steps; the last candidate need not be best."""
+    tables = []
+    for _ in range(draw(st.integers(1, 4))):
+        total, table = draw(st.integers(0, 500)), []
+        slope = draw(st.integers(0, 40))
+        for _ in range(60):
+            slope = draw(st.sampled_from([slope] * 9 + [slope + 5]))
+            total += slope + draw(st.sampled_from([0] * 5 + [3]))
+            table.append(total)
+        tables.append(table)
+    return tables
+
+
+@given(tables=peaks(), limit=st.integers(0, 2500), start=st.integers(1, 59), base=st.integers(0, 100))
+@settings(max_examples=300)
+def test_it_finds_what_trying_all_finds(tables, limit, start, base):
+    def takes(candidate: int, batch: int) -> int:
+        return tables[candidate][batch - 1]
+
+    def fits(candidate: int, batch: int) -> bool:
+        return takes(candidate, batch) <= limit
+
+    batch, chosen = largest_batch(takes, fits, len(tables), limit, start=start, base_bytes=base, most=60)
+    expected = max((b for b in range(1, 61) if any(fits(c, b) for c in range(len(tables)))), default=0)
+    later = max((b for b in range(1, 61) if any(fits(c, b) for c in range(chosen, len(tables)))), default=0)
+    assert batch in (expected, later), "candidates before the chosen one are taken to be larger"
+    if batch:
+        assert fits(chosen, batch) and not any(fits(c, batch) for c in range(chosen))
+        assert batch == 60 or not any(fits(c, batch + 1) for c in range(chosen, len(tables)))
+    else:
+        assert expected == 0
+
+
+@pytest.mark.parametrize("limit", [10_000, 123_456, 40_000_000])
+def test_a_straight_peak_takes_few_looks(limit):
+    asked = []
+
+    def takes(candidate: int, batch: int) -> int:
+        asked.append((candidate, batch))
+        return 4000 + 17 * batch
+
+    batch, _ = largest_batch(takes, lambda c, b: takes(c, b) <= limit, 1, limit, start=8, base_bytes=3000)
+    assert batch == (limit - 4000) // 17
+    assert len(set(asked)) <= 5
+
+
+def test_a_peak_that_does_not_grow_ends_at_the_largest_batch_looked_at():
+    assert largest_batch(lambda c, b: 5, lambda c, b: True, 1, 10, start=8, most=1000) == (1000, 0)
+    assert largest_batch(lambda c, b: 50, lambda c, b: False, 2, 10, start=8, most=1000) == (0, 1)
