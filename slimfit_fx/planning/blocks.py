@@ -1,0 +1,83 @@
+"""Memory in a dry run: what is known of a tensor, blocks that are made and given back, and who writes it down.
+
+::
+
+    meter = Meter()
+    block = meter.allocate(64, "x")   # events: +64
+    del block                         # events: +64, -64: when nothing refers to it, as a tensor's memory
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from slimfit_fx.graph.joint import hint
+from slimfit_fx.planning.peak import Event
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a dry run must know of an input: sizes and strides are whole numbers, symbols by their examples."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a real or fake tensor."""
+        shape, strides = tuple(map(hint, tensor.shape)), tuple(map(hint, tensor.stride()))
+        return cls(shape, strides, tensor.dtype, tensor.device)
+
+
+@dataclass
+class Meter:
+    """Writes down every block that is made and given back. ``round_to``: the allocator's granularity in bytes."""
+
+    round_to: int = 1
+    events: list[Event] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    branch: int | None = None
+    """The gate inside whose branch the code runs now."""
+
+    def allocate(self, nbytes: int, label: str, owners: frozenset[int] = frozenset()) -> Block:
+        """A new block of ``nbytes``; it is given back when nobody refers to it any more."""
+        size = -(-nbytes // self.round_to) * self.round_to
+        block = Block(self, len(self.labels), size, owners if self.branch is None else frozenset([self.branch]))
+        self.labels[block.number] = label
+        self._note(block, size)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Called by a block that nobody refers to any more."""
+        self._note(block, -block.size)
+
+    def _note(self, block: Block, delta: int) -> None:
+        if block.size:
+            self.events.append(Event(delta, block.number, block.owners, self.branch))
+
+
+class Block:
+    """A piece of memory, alive as long as something refers to it."""
+
+    __slots__ = ("meter", "number", "owners", "size")
+
+    def __init__(self, meter: Meter, number: int, size: int, owners: frozenset[int]) -> None:
+        self.meter, self.number, self.size, self.owners = meter, number, size, owners
+
+    def __del__(self) -> None:
+        self.meter.release(self)
+
+
+def storage_bytes(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Bytes from the first to the last element; 0 for an empty tensor."""
+    if math.prod(shape) == 0:
+        return 0
+    return itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
+
+
