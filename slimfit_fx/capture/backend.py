@@ -18,7 +18,7 @@ from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, PlanRead
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, Judged, MemoryBudgetError, candidates, explain, judge
-from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
+from slimfit_fx.planning.dry_run import StepCode, trace_step
 from slimfit_fx.planning.peak import StepTrace, join
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.store import load_plan, load_trace, plan_key, save_plan, save_trace
@@ -35,11 +35,12 @@ class CapturedGraph:
     unit_names: tuple[str, ...]
     is_recompile: bool
     plan: GraphPlan | None = None
-    num_inputs: int = 0
     key: str = ""
     """Names it in the store of plans; empty for one that is only tried."""
-    codes: list[GeneratedCode] = field(default_factory=list, repr=False)
-    """What Inductor wrote for it: forward, backward."""
+    layout: GateLayout | None = None
+    """Its gates; None if it has none."""
+    codes: list[StepCode] = field(default_factory=list, repr=False)
+    """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None
     """The settings that a budget led to, if there is one."""
     _trace: StepTrace | None = field(default=None, repr=False)
@@ -50,15 +51,16 @@ class CapturedGraph:
             self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
         if self._trace is not None:
             return self._trace
-        return "no compiled backward of it was seen: run one training step with executor inductor"
+        return "no compiled backward of it was seen: run one training step"
 
     def _kept(self) -> StepTrace | None:
         return load_trace(self.key) if self.key else None
 
     def _dry_run(self) -> StepTrace | None:
         forward, backward = self.codes
+        assert self.layout is not None
         try:
-            trace = trace_step(forward, backward, first_gate=self.num_inputs, num_gates=len(self.unit_names))
+            trace = trace_step(forward, backward, self.layout)
         except Exception:  # for display only: what Inductor wrote may hold anything
             log.warning("the memory of a compiled graph could not be followed", exc_info=True)
             return None
@@ -109,7 +111,7 @@ class SlimFitBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph; dynamo calls this once per graph and once more per recompile."""
         layout, units = gate_layout(example_inputs, self._gates())
-        captured = CapturedGraph(units, self._seen_before(_frame_id()), num_inputs=layout.num_inputs)
+        captured = CapturedGraph(units, self._seen_before(_frame_id()), layout=layout)
         self.graphs.append(captured)
         if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
             captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
@@ -173,7 +175,7 @@ class SlimFitBackend:
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
         partitioner: GatedPartitioner,
-        codes: list[GeneratedCode],
+        codes: list[StepCode],
         *,
         dry: bool = False,
     ) -> Callable[..., Any]:
@@ -181,7 +183,7 @@ class SlimFitBackend:
         extended = add_gate_inputs(gm, len(layout.params))
         inputs = [*example_inputs, *(torch.tensor(True) for _ in layout.params)]
         if self.executor != "inductor":
-            compiled = lower_with_interpreter(extended, inputs, partitioner)
+            compiled = lower_with_interpreter(extended, inputs, partitioner, codes)
         else:
             compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only)
             if self.plan_only:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,12 +28,26 @@ class TensorSpec:
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    room: int = 0
+    """Bytes of the whole memory that it is a part of, if that is known."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         """The spec of a real or fake tensor."""
         shape, strides = tuple(map(hint, tensor.shape)), tuple(map(hint, tensor.stride()))
         return cls(shape, strides, tensor.dtype, tensor.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold it."""
+        return max(self.room, storage_bytes(self.shape, self.strides, self.dtype.itemsize))
+
+
+def spec_of(value: Any) -> TensorSpec | int | None:
+    """What a dry run must know of an example input; None if it is neither a tensor nor a number."""
+    if isinstance(value, torch.Tensor):
+        return TensorSpec.of(value)
+    return hint(value) if isinstance(value, (int, torch.SymInt)) else None
 
 
 @dataclass
@@ -56,6 +71,11 @@ class Meter:
     def release(self, block: Block) -> None:
         """Called by a block that nobody refers to any more."""
         self._note(block, -block.size)
+
+    def release_unless_open(self, block: Block, gate: int) -> None:
+        """The block is given back now if ``gate`` is closed, and as ever if it is open."""
+        self.events.append(Event(-block.size, block.number, unless=gate))
+        block.owners = frozenset([gate])
 
     def _note(self, block: Block, delta: int) -> None:
         if block.size:
@@ -81,3 +101,22 @@ def storage_bytes(shape: Sequence[int], strides: Sequence[int], itemsize: int) -
     return itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
 
 
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor in row-major order."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return tuple(reversed(strides))
+
+
+def is_dense(spec: TensorSpec) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    step = 1
+    for stride, size in sorted((s, n) for n, s in zip(spec.shape, spec.strides, strict=True) if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True

@@ -101,7 +101,8 @@ def _undisturbed() -> Iterator[None]:
 def _zeros(leaf: Any) -> Any:
     if not isinstance(leaf, TensorSpec):
         return leaf
-    return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device=leaf.device).zero_()
+    whole = torch.zeros(-(-leaf.nbytes // leaf.dtype.itemsize), dtype=leaf.dtype, device=leaf.device)
+    return whole.as_strided(leaf.shape, leaf.strides)
 
 
 def _summary(found: Sequence[Any], returned: Any, given: Sequence[Any]) -> CallMemory:

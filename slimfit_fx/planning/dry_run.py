@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 from torch import fx
 
-from slimfit_fx.graph.joint import hint
-from slimfit_fx.planning.blocks import Meter, TensorSpec
+from slimfit_fx.planning.blocks import Meter, TensorSpec, contiguous_strides, is_dense, spec_of
+from slimfit_fx.planning.graph_run import GraphCode, input_names, written_back
+from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.stand_ins import DryRun, StandIn
 
@@ -36,30 +37,31 @@ class GeneratedCode:
     """None for what is neither a tensor nor a number."""
     names: tuple[str, ...]
     """Names of the inputs, as the graph has them."""
+    written_back: int
+    """How many of the first results are only copied into inputs that the user's code changes in place."""
 
     @classmethod
     def of(cls, source: str, graph: fx.Graph, inputs: Sequence[Any]) -> GeneratedCode:
         """The code of ``graph``, compiled for these example inputs."""
-        names = tuple(str(node.target) for node in graph.find_nodes(op="placeholder"))
-        return cls(source, tuple(map(_spec_of, inputs)), names)
+        return cls(source, tuple(map(spec_of, inputs)), input_names(graph), written_back(graph))
 
-    @property
-    def tangents(self) -> int:
-        """How many of the last inputs are gradients that arrive from outside."""
-        return sum(name.startswith("tangents") for name in self.names)
+    def load(self, run: DryRun) -> Wrapper:
+        """The code as a function of a list of stand-ins, which it empties."""
+        return load_wrapper(self.source, run)
 
 
-def _spec_of(value: Any) -> TensorSpec | int | None:
-    if isinstance(value, torch.Tensor):
-        return TensorSpec.of(value)
-    return hint(value) if isinstance(value, (int, torch.SymInt)) else None
+StepCode = GeneratedCode | GraphCode
 
 
-def trace_step(forward: GeneratedCode, backward: GeneratedCode, *, first_gate: int, num_gates: int) -> StepTrace:
+def num_tangents(code: StepCode) -> int:
+    """How many of the last inputs are gradients that arrive from outside."""
+    return sum(name.startswith("tangents") for name in code.names)
+
+
+def trace_step(forward: StepCode, backward: StepCode, layout: GateLayout) -> StepTrace:
     """All memory events of a compiled forward and backward, every gate open.
 
-    The inputs ``first_gate ... first_gate + num_gates - 1`` of forward are its gates. What the user is given is held to
-    the end, as if he kept it.
+    What the user is given is held to the end, as if he kept it.
 
     Raises:
         NotImplementedError: the generated code does what a dry run cannot follow.
@@ -67,26 +69,72 @@ def trace_step(forward: GeneratedCode, backward: GeneratedCode, *, first_gate: i
     on_gpu = any(isinstance(x, TensorSpec) and x.device.type == "cuda" for x in forward.inputs)
     meter = Meter(round_to=512 if on_gpu else 1)
     run = DryRun(meter)
-    gates = range(first_gate, first_gate + num_gates)
-    inputs = [run.input(x, gate=i - first_gate if i in gates else None) for i, x in enumerate(forward.inputs)]
-    results = list(load_wrapper(forward.source, run)(inputs))
-    num_saved = len(backward.inputs) - backward.tangents
-    kept, saved = results[: len(results) - num_saved], results[len(results) - num_saved :]
-    del results
+    inputs = [run.input(x, gate=layout.gate_at(i)) for i, x in enumerate(forward.inputs)]
+    results = list(forward.load(run)(inputs))
+    tangents = num_tangents(backward)
+    num_saved = len(backward.inputs) - tangents
+    saved = results[len(results) - num_saved :]
+    kept = results[forward.written_back : len(results) - num_saved]
+    del results, inputs
     boundary = len(meter.events)
-    names = backward.names[-backward.tangents :] if backward.tangents else ()
-    late = [run.tangent(x, name) for x, name in zip(backward.inputs[num_saved:], names, strict=True)]
-    # symbols come first in backward and last in forward (torch/_functorch/partitioners.py)
-    symbols, tensors = [s for s in saved if not isinstance(s, StandIn)], [s for s in saved if isinstance(s, StandIn)]
-    for tensor, name in zip(tensors, backward.names[len(symbols) :], strict=False):
-        if tensor.block is not None:
-            meter.labels[tensor.block.number] = name
-    arguments = [*symbols, *tensors, *late]
-    del saved, symbols, tensors, late
-    grads = load_wrapper(backward.source, run)(arguments)
-    trace = StepTrace(tuple(meter.events), boundary, dict(meter.labels), num_gates)
+    late = [run.tangent(x, "gradient of an output") for x in backward.inputs[num_saved:]]
+    arguments = [*_as_backward_takes_them(saved, backward.names, meter), *late]
+    saved.clear()
+    grads = list(backward.load(run)(arguments))
+    arguments.clear()
+    if len(grads) == len(forward.inputs):
+        _drop_closed(grads, layout, meter)
+    late.clear()  # autograd holds them as long as backward runs
+    if len(grads) == len(forward.inputs):
+        _accumulate(grads, forward.inputs, run)
+    trace = StepTrace(tuple(meter.events), boundary, dict(meter.labels), len(layout.params))
     del grads, kept
     return trace
+
+
+def _as_backward_takes_them(saved: Sequence[Any], names: Sequence[str], meter: Meter) -> list[Any]:
+    """The saved values in backward's order: symbols first (torch/_functorch/partitioners.py); blocks get its names."""
+    symbols, tensors = [s for s in saved if not isinstance(s, StandIn)], [s for s in saved if isinstance(s, StandIn)]
+    for tensor, name in zip(tensors, names[len(symbols) :], strict=False):
+        if tensor.block is not None:
+            meter.labels[tensor.block.number] = name
+    return [*symbols, *tensors]
+
+
+def _drop_closed(grads: Sequence[Any], layout: GateLayout, meter: Meter) -> None:
+    """Gradients that are computed whether or not their gate is open are dropped behind backward if it is closed.
+
+    In the order in which Python lets go of the tuple that holds them (runtime/grad_gate.py).
+    """
+    blocks = [grad.block if isinstance(grad, StandIn) else None for grad in grads]
+    gates = layout.gate_of_param
+    for gate, params in reversed(list(enumerate(layout.params))):
+        for block in (blocks[param] for param in reversed(params)):
+            readers = {gates.get(i) for i, other in enumerate(blocks) if other is block}
+            if block is not None and not block.owners and readers == {gate}:
+                meter.release_unless_open(block, gate)
+
+
+def _accumulate(grads: list[Any], inputs: Sequence[TensorSpec | int | None], run: DryRun) -> None:
+    """What autograd does with the gradients: it takes those over that lie in memory as their parameter does.
+
+    The others are copied, and those that serve two parameters (torch/csrc/autograd/functions/accumulate_grad.h).
+    """
+    for index, wanted in enumerate(inputs):
+        grad = grads[index]
+        if not isinstance(grad, StandIn) or not isinstance(wanted, TensorSpec):
+            continue
+        shared = any(other is grad for other in grads[index + 1 :])
+        if shared or not _laid_out_as(grad.spec, wanted):
+            strides = wanted.strides if is_dense(wanted) else contiguous_strides(wanted.shape)
+            owners = grad.block.owners if grad.block is not None else frozenset()
+            grads[index] = run.empty(wanted.shape, strides, grad.dtype, grad.device, owners)
+
+
+def _laid_out_as(grad: TensorSpec, param: TensorSpec) -> bool:
+    """Autograd's layout contract (torch/csrc/autograd/utils/grad_layout_contract.h)."""
+    expected = param.strides if is_dense(param) else contiguous_strides(param.shape)
+    return all(s == e for n, s, e in zip(grad.shape, grad.strides, expected, strict=True) if n != 1)
 
 
 class _Kernel:

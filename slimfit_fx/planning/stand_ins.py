@@ -56,7 +56,7 @@ class StandIn:
     @property
     def spec(self) -> TensorSpec:
         """All of it but the block."""
-        return TensorSpec(self.shape, self.strides, self.dtype, self.device)
+        return TensorSpec(self.shape, self.strides, self.dtype, self.device, self.block.size if self.block else 0)
 
     def like(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype | None = None) -> StandIn:
         """Another view of the same block."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
-from slimfit_fx.planning.blocks import TensorSpec, storage_bytes
+from slimfit_fx.planning.blocks import TensorSpec
 from slimfit_fx.planning.call_memory import CallMemory, can_measure, measure_call
 
 log = logging.getLogger("slimfit_fx.planning")
@@ -42,8 +42,9 @@ def call_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwar
 
     Tensors are given as ``TensorSpec``. ``name`` is that of the operator, as in ``aten::mm``.
     """
-    specs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, TensorSpec)]
-    if not _runs_here(name, specs) or sum(map(_bytes, specs)) > _AFFORDABLE or not can_measure():
+    leaves = tree_flatten((args, kwargs))[0]
+    specs = [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
+    if not _runs_here(name, leaves) or sum(spec.nbytes for spec in specs) > _AFFORDABLE or not can_measure():
         return None
     if "out" in kwargs and _is_plain_product(name, specs):
         return None
@@ -52,8 +53,8 @@ def call_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwar
 
 def workspace_bytes(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Upper bound of what a call too large to be measured holds beside its results. Tensors as ``TensorSpec``."""
-    specs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, TensorSpec)]
-    if not _runs_here(name, specs) or _is_plain_product(name, specs):
+    leaves = tree_flatten((args, kwargs))[0]
+    if not _runs_here(name, leaves) or _is_plain_product(name, [x for x in leaves if isinstance(x, TensorSpec)]):
         return 0
     smaller = _SMALLER.get(name)
     if smaller is not None and can_measure():
@@ -62,16 +63,13 @@ def workspace_bytes(name: str, func: Callable[..., Any], args: tuple[Any, ...], 
     return formula(*args) if formula is not None else 0
 
 
-def _runs_here(name: str, specs: Sequence[TensorSpec]) -> bool:
-    return bool(specs) and name.split("::")[0] in _NAMESPACES and all(s.device.type == "cpu" for s in specs)
+def _runs_here(name: str, leaves: Sequence[Any]) -> bool:
+    devices = [x.device if isinstance(x, TensorSpec) else x for x in leaves if isinstance(x, TensorSpec | torch.device)]
+    return name.split("::")[0] in _NAMESPACES and all(device.type == "cpu" for device in devices)
 
 
 def _is_plain_product(name: str, specs: Sequence[TensorSpec]) -> bool:
     return name in _PLAIN and specs[-1].dtype not in _HALF
-
-
-def _bytes(spec: TensorSpec) -> int:
-    return storage_bytes(spec.shape, spec.strides, spec.dtype.itemsize)
 
 
 def _measured(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory | None:
@@ -136,7 +134,7 @@ def _resized(spec: TensorSpec, shape: Sequence[int]) -> TensorSpec:
         if spec.strides[dimension]:
             strides[dimension] = step
             step *= max(1, shape[dimension])
-    return dataclasses.replace(spec, shape=tuple(shape), strides=tuple(strides))
+    return dataclasses.replace(spec, shape=tuple(shape), strides=tuple(strides), room=0)
 
 
 # ---- formulas
@@ -152,7 +150,7 @@ def _product_bytes(*args: Any) -> int:
 
 def _convolution_bytes(value: Any, weight: Any, *_: Any) -> int:
     """The weights in another order, or the result in another order."""
-    return 2 * math.prod(weight.shape) * weight.dtype.itemsize + _bytes(value)
+    return 2 * math.prod(weight.shape) * weight.dtype.itemsize + value.nbytes
 
 
 def _convolution_backward_bytes(gradient: Any, value: Any, weight: Any, *_: Any) -> int:
@@ -161,7 +159,7 @@ def _convolution_backward_bytes(gradient: Any, value: Any, weight: Any, *_: Any)
     channels = max(1, weight.shape[1])
     blocked = 4 * -(-channels // 16) * 16 / channels * math.prod(weight.shape)
     image = 4 * math.prod(value.shape[1:])
-    return int(blocked * (1 + threads) / 2 + image * threads + _bytes(gradient) + 2 * _bytes(weight))
+    return int(blocked * (1 + threads) / 2 + image * threads + gradient.nbytes + 2 * weight.nbytes)
 
 
 def _attention_bytes(query: Any, key: Any, *_: Any, backward: bool = False) -> int:
