@@ -38,7 +38,9 @@ class CapturedGraph:
     key: str = ""
     """Names it in the store of plans; empty for one that is only tried."""
     layout: GateLayout | None = None
-    """Its gates; None if it has none."""
+    """Its gates; None if nothing in it needs a gradient."""
+    passed_on: frozenset[int] = frozenset()
+    """Inputs that another graph of the step computed."""
     codes: list[StepCode] = field(default_factory=list, repr=False)
     """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None
@@ -53,6 +55,10 @@ class CapturedGraph:
             return self._trace
         return "no compiled backward of it was seen: run one training step"
 
+    def is_known(self) -> bool:
+        """Whether the memory events of a training step through it are known."""
+        return self.layout is not None and not isinstance(self.trace(), str)
+
     def _kept(self) -> StepTrace | None:
         return load_trace(self.key) if self.key else None
 
@@ -60,7 +66,7 @@ class CapturedGraph:
         forward, backward = self.codes
         assert self.layout is not None
         try:
-            trace = trace_step(forward, backward, self.layout)
+            trace = trace_step(forward, backward, self.layout, passed_on=self.passed_on)
         except Exception:  # for display only: what Inductor wrote may hold anything
             log.warning("the memory of a compiled graph could not be followed", exc_info=True)
             return None
@@ -72,10 +78,10 @@ class CapturedGraph:
 
 def step_trace(graphs: Sequence[CapturedGraph]) -> tuple[StepTrace, tuple[str, ...]] | str:
     """The memory events of a step through all ``graphs`` and the names of its gates, or why they are not known."""
-    training = [graph for graph in graphs if graph.unit_names]
+    training = [graph for graph in graphs if graph.unit_names or graph.is_known()]
     traces = [graph.trace() for graph in training]
     unknown = [trace for trace in traces if isinstance(trace, str)]
-    if unknown or not traces:
+    if unknown or not any(graph.unit_names for graph in training):
         return unknown[0] if unknown else "no graph with a gate was captured"
     names = tuple(dict.fromkeys(name for graph in training for name in graph.unit_names))
     numbers = [[names.index(name) for name in graph.unit_names] for graph in training]
@@ -112,8 +118,10 @@ class SlimFitBackend:
         """Compile one graph; dynamo calls this once per graph and once more per recompile."""
         layout, units = gate_layout(example_inputs, self._gates())
         captured = CapturedGraph(units, self._seen_before(_frame_id()), layout=layout)
+        captured.passed_on = frozenset(i for i, v in enumerate(example_inputs) if _is_computed(v))
         self.graphs.append(captured)
         if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
+            captured.layout = None
             captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
             return self._lower_plain(gm, example_inputs)
         sink: list[GraphPlan] = []
@@ -265,6 +273,10 @@ def bind_gates(compiled: Callable[..., Any], layout: GateLayout, gates: GateTabl
 
 def _is_data(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() > 0
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _ghosts_would_be_read() -> bool:

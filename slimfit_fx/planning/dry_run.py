@@ -25,6 +25,8 @@ from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.stand_ins import DryRun, StandIn
 
 Wrapper = Callable[[list[Any]], Sequence[Any]]
+_FREES_TANGENTS = torch.__version__ >= (2, 13)
+"""Whether AOTAutograd lets go of gradients from outside while backward runs. That of a loss is held by the caller."""
 _OPEN_BRANCH = re.compile(r"(?:^|_)cone_\w*_open$")
 
 
@@ -58,10 +60,13 @@ def num_tangents(code: StepCode) -> int:
     return sum(name.startswith("tangents") for name in code.names)
 
 
-def trace_step(forward: StepCode, backward: StepCode, layout: GateLayout) -> StepTrace:
+def trace_step(
+    forward: StepCode, backward: StepCode, layout: GateLayout, *, passed_on: frozenset[int] = frozenset()
+) -> StepTrace:
     """All memory events of a compiled forward and backward, every gate open.
 
-    What the user is given is held to the end, as if he kept it.
+    What the user is given is held to the end, as if he kept it. ``passed_on``: the inputs that another graph computed;
+    their gradients go on to that graph, where they are counted.
 
     Raises:
         NotImplementedError: the generated code does what a dry run cannot follow.
@@ -79,12 +84,15 @@ def trace_step(forward: StepCode, backward: StepCode, layout: GateLayout) -> Ste
     boundary = len(meter.events)
     late = [run.tangent(x, "gradient of an output") for x in backward.inputs[num_saved:]]
     arguments = [*_as_backward_takes_them(saved, backward.names, meter), *late]
+    held = [x for x in late if not _FREES_TANGENTS or (isinstance(x, StandIn) and not x.shape)]
     saved.clear()
+    late.clear()
     grads = list(backward.load(run)(arguments))
     arguments.clear()
     if len(grads) == len(forward.inputs):
         _drop_closed(grads, layout, meter)
-    late.clear()  # autograd holds them as long as backward runs
+    held.clear()
+    grads = [None if i in passed_on else grad for i, grad in enumerate(grads)]
     if len(grads) == len(forward.inputs):
         _accumulate(grads, forward.inputs, run)
     trace = StepTrace(tuple(meter.events), boundary, dict(meter.labels), len(layout.params))

@@ -59,8 +59,9 @@ def input_names(graph: fx.Graph) -> tuple[str, ...]:
 
 def written_back(graph: fx.Graph) -> int:
     """How many of the first results are new values of inputs (torch/_functorch/_aot_autograd/descriptors.py)."""
-    descriptors = graph.output_node().meta.get("desc") or ()
-    return sum(type(d).__name__ == "InputMutationAOTOutput" for d in descriptors)
+    outputs = graph.find_nodes(op="output")
+    descriptors = outputs[0].meta.get("desc") if outputs else None
+    return sum(type(d).__name__ == "InputMutationAOTOutput" for d in descriptors or ())
 
 
 def run_graph(module: fx.GraphModule, inputs: list[Any], run: DryRun) -> Sequence[Any]:
