@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.capture.backend import CapturedGraph, SlimFitBackend, step_trace
@@ -15,6 +17,7 @@ from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
+from slimfit_fx.planning.update import UpdateMemory, step_memory
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
 from slimfit_fx.runtime.steps import StepTracker
@@ -107,20 +110,45 @@ class Session:
         optimizer state, the batch); read off the compiled code.
 
         Raises:
-            RuntimeError: not known: nothing was compiled yet, or not by Inductor (the reason is in the message).
+            RuntimeError: not known: nothing was compiled yet (the reason is in the message).
             ValueError: a name that is no unit with a gate.
         """
         traced = step_trace(latest_graphs(self._backend.graphs))
         if isinstance(traced, str):
             raise RuntimeError(f"the peak of a step is not known: {traced}")
         trace, names = traced
+        wanted = self._named(open_units)
+        return trace.peak([k for k, name in enumerate(names) if name in wanted])
+
+    def predict_update(self, open_units: Iterable[str] | None = None) -> int:
+        """Bytes that the optimizer's step takes with these units open (default: those open now), without running it.
+
+        Above parameters and optimizer state: the gradients, copies of the open weights if the scheduler wants to know
+        how far they move, and what the optimizer takes for itself (``foreach`` makes lists as large as all gradients).
+
+        Raises:
+            RuntimeError: not known: the optimizer does what cannot be followed without values.
+            ValueError: a name that is no unit with a gate.
+        """
+        model = self._model()
+        assert model is not None, "the model is gone"
+        wanted = self._named(open_units)
+        memory = self._update_memory(model, sorted(wanted))
+        if memory is None:
+            raise RuntimeError("the memory of the optimizer's step is not known: its step cannot run without values")
+        opened = sum(_bytes_of(p) for name in wanted for p in self.gates.params_of(name))
+        closed = sum(_bytes_of(p) for name in self.gates.names for p in self.gates.params_of(name)) - opened
+        gradients = sum(_bytes_of(p) for p in model.parameters() if p.requires_grad) - closed
+        return gradients + (opened if self.scheduler.needs_distances else 0) + memory.temporary_bytes
+
+    def _named(self, open_units: Iterable[str] | None) -> frozenset[str]:
         wanted = self.gates.open if open_units is None else frozenset(open_units)
         unknown_names = sorted(wanted - frozenset(self.gates.names))
         if unknown_names:
             raise ValueError(
                 "; ".join(f"{name!r} is no unit{did_you_mean(name, self.gates.names)}" for name in unknown_names)
             )
-        return trace.peak([k for k, name in enumerate(names) if name in wanted])
+        return wanted
 
     def _budget(self, model: nn.Module) -> Budget | None:
         if self.config.memory_budget is None:
@@ -132,13 +160,27 @@ class Session:
         model = self._model()
         assert model is not None, "the model is gone"
         trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        largest = heapq.nlargest(self._open_count(), self._units, key=lambda unit: unit.bytes)
+        known = self._update_memory(model, [unit.name for unit in largest])
+        assumed = max(self._hooks.state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable)
         return fixed_bytes(
             model,
             [unit.bytes for unit in self._units],
             self._open_count(),
-            optimizer_state=max(self._hooks.state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable),
+            optimizer_state=assumed if known is None else known.state_bytes,
             copies=self.scheduler.needs_distances,
+            temporaries=None if known is None else known.temporary_bytes,
         )
+
+    def _update_memory(self, model: nn.Module, open_units: Iterable[str]) -> UpdateMemory | None:
+        """The memory of an optimizer step with these units open; AdamW's until the optimizer has been seen."""
+        opened = [p for name in open_units for p in self.gates.params_of(name)]
+        in_units = {id(p) for name in self.gates.names for p in self.gates.params_of(name)}
+        always = [p for p in model.parameters() if p.requires_grad and id(p) not in in_units]
+        seen: list[Optimizer] = list(self._hooks.optimizers)
+        optimizers = seen or [AdamW([p for p in model.parameters() if p.requires_grad])]
+        compared = opened if self.scheduler.needs_distances else []
+        return step_memory(optimizers, [*always, *opened], compared, self.config.distance)
 
     def _open_count(self) -> int:
         """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
@@ -189,6 +231,10 @@ class Session:
             f"Session(preset={self.config.preset!r}, executor={self.executor!r}, {self.gates!r}, steps={self.steps}, "
             f"recompiles={self.recompiles})"
         )
+
+
+def _bytes_of(param: nn.Parameter) -> int:
+    return param.numel() * param.element_size()
 
 
 def latest_graphs(graphs: Sequence[CapturedGraph]) -> list[CapturedGraph]:

@@ -56,7 +56,8 @@ def predicted_events(session: Session) -> list[int]:
     return [e.delta_bytes for e in trace.events if happens(e, chosen) and (e.branch is None or e.branch in chosen)]
 
 
-@settings(max_examples=60)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(
     spec=specs(**SMALLER),
     head=st.sampled_from(("loss", "tied to the embedding")),
@@ -74,3 +75,43 @@ def test_the_timeline_is_that_of_the_allocator(spec, head, preset, data):
     expected = predicted_events(session)
     assert [e.delta_bytes for e in found] == expected, f"closed: {closed}"
     assert session.predict_peak().peak_bytes == max(itertools.accumulate(expected))
+
+
+MOST_GATES = 5
+
+
+@pytest.mark.slow
+@settings(max_examples=6)
+@given(spec=specs(**SMALLER), preset=st.sampled_from(("exact", "max")))
+def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
+    """All patterns of up to ``MOST_GATES`` gates, each run and measured."""
+    spec = dataclasses.replace(spec, head="loss", break_at=None, every_parameter=True)
+    units = [name for name, param in build(spec).named_parameters() if param.requires_grad][-MOST_GATES:]
+    torch._dynamo.reset()
+    model, session = optimized(build(spec), scheduler="none", preset=preset, units=lambda name, _: name in units)
+    batch = inputs(spec)
+    with spec.context():
+        model(*batch).backward()
+    trace, names = step_trace(latest_graphs(session.backend.graphs))
+    reached: dict[int, int] = {}
+    for pattern in itertools.product((False, True), repeat=len(names)):
+        session.unfreeze()
+        closed = [name for name, is_open in zip(names, pattern, strict=True) if not is_open]
+        if closed:
+            session.freeze(closed)
+        peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, batch)))
+        assert peak == session.predict_peak().peak_bytes
+        count = sum(pattern)
+        assert peak <= trace.worst(count)[0], f"open: {pattern}"
+        reached[count] = max(reached.get(count, 0), peak)
+    assert reached[0] == trace.worst(0)[0] and reached[len(names)] == trace.worst(len(names))[0]
+
+
+@pytest.mark.parametrize("layers", [("ffn", "attention"), ("convolution", "layernorm")])
+def test_graph_breaks_are_followed(layers):
+    """Gradients that one graph hands to another are counted once: the peak of both together is exact."""
+    spec = Spec(layers, break_at=1)
+    model, session, batch = prepared(spec, "exact")
+    assert len(session.backend.graphs) > 1
+    peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, batch)))
+    assert peak == session.predict_peak().peak_bytes
