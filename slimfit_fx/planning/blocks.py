@@ -101,8 +101,6 @@ def storage_bytes(shape: Sequence[int], strides: Sequence[int], itemsize: int) -
     return itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
 
 
-
-
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor in row-major order."""
     strides, step = [], 1

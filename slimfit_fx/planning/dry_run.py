@@ -18,14 +18,14 @@ from unittest import mock
 import torch
 from torch import fx
 
+from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.blocks import Meter, TensorSpec, contiguous_strides, is_dense, spec_of
 from slimfit_fx.planning.graph_run import GraphCode, input_names, written_back
-from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.stand_ins import DryRun, StandIn
 
 Wrapper = Callable[[list[Any]], Sequence[Any]]
-_FREES_TANGENTS = torch.__version__ >= (2, 13)
+_FREES_TANGENTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Whether AOTAutograd lets go of gradients from outside while backward runs. That of a loss is held by the caller."""
 _OPEN_BRANCH = re.compile(r"(?:^|_)cone_\w*_open$")
 

@@ -19,6 +19,7 @@ from slimfit_fx.planning.blocks import TensorSpec, spec_of
 from slimfit_fx.planning.stand_ins import DryRun, StandIn
 
 _COND = torch.ops.higher_order.cond
+_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def run_graph(module: fx.GraphModule, inputs: list[Any], run: DryRun) -> Sequenc
             env[node] = _value(node, module, env, run)
         for done in last_reads.get(node, ()):
             del env[done]
-    return fx.node.map_arg(module.graph.output_node().args[0], lambda n: env[n])
+    results: Any = module.graph.output_node().args[0]
+    return fx.node.map_arg(results, lambda n: env[n])
 
 
 def _value(node: fx.Node, module: fx.GraphModule, env: dict[fx.Node, Any], run: DryRun) -> Any:
@@ -85,10 +87,13 @@ def _value(node: fx.Node, module: fx.GraphModule, env: dict[fx.Node, Any], run: 
         return run.adopt(attribute)
     if node.op != "call_function":
         raise NotImplementedError(f"a dry run cannot follow a node of kind {node.op!r} ({node.name})")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
     target: Any = node.target
+    written: Any = (node.args, node.kwargs)
+    args, kwargs = fx.node.map_arg(written, lambda n: env[n])
     if target is _COND:
         return _branch(run, *args)
+    if target is _SUBGRAPH:
+        return run_graph(args[0], list(args[2:]), run)
     if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
         return target(*args, **kwargs)
     if target in _SIZES:

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
+from slimfit_fx.schedule.distance import update_distance
+
 _SCALARS = 64
 """Bytes: numbers that torch wraps into tensors for the length of a call."""
-from slimfit_fx.schedule.distance import DistanceMetric, update_distance
-
 log = logging.getLogger("slimfit_fx.planning")
 
 
@@ -60,7 +60,7 @@ def step_memory(
     optimizers: Sequence[Optimizer],
     wanted: Sequence[Tensor],
     compared: Sequence[Tensor] = (),
-    metric: DistanceMetric = "relative_mean",
+    metric: Any = "relative_mean",
 ) -> UpdateMemory | None:
     """The memory of a step of several optimizers, one after the other, and of measuring how far ``compared`` moved.
 
@@ -110,7 +110,7 @@ def _replica(optimizer: Optimizer) -> tuple[Optimizer, dict[int, Tensor]]:
         groups.append({**group, **_way(optimizer, group, mine), "params": [params[id(p)] for p in mine]})
     replica = object.__new__(type(optimizer))
     replica.__dict__.update(optimizer.__dict__)
-    hooks = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
+    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
     replica.__dict__.update(hooks)
     replica.__dict__.update(param_groups=groups, state=defaultdict(dict))
     return replica, params

@@ -37,7 +37,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _cache: dict[Any, CallMemory | None] = {}
 
 
-def call_memory(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory | None:
+def call_memory(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallMemory | None:
     """The measured memory of a call in full, or None: then its results are what they seem, beside a workspace.
 
     Tensors are given as ``TensorSpec``. ``name`` is that of the operator, as in ``aten::mm``.
