@@ -35,17 +35,18 @@ def prepared(spec: Spec, preset: str) -> tuple[torch.nn.Module, Session, tuple[t
     return model, session, batch
 
 
-def measured_events(spec: Spec, model: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> list[Measured]:
-    """What the allocator does in one step; the step before it has flipped the gates and warmed up libraries."""
+def measured_events(
+    spec: Spec, model: torch.nn.Module, session: Session, batch: tuple[torch.Tensor, ...]
+) -> list[Measured]:
+    """What the allocator does in one step, its gates flipped before."""
 
     def forward() -> torch.Tensor:
         with spec.context():
             return model(*batch)
 
-    for _ in range(2):
-        model.zero_grad(set_to_none=True)
-        events = recorded_step(forward, lambda loss: loss.backward())
-    return events
+    model.zero_grad(set_to_none=True)
+    session.before_forward()
+    return recorded_step(forward, lambda loss: loss.backward())
 
 
 def predicted_events(session: Session) -> list[int]:
@@ -71,17 +72,17 @@ def test_the_timeline_is_that_of_the_allocator(spec, head, preset, data):
     closed = data.draw(st.sets(st.sampled_from(names)) if names else st.just(set()))
     if closed:
         session.freeze(closed)
-    found = measured_events(spec, model, batch)
+    found = measured_events(spec, model, session, batch)
     expected = predicted_events(session)
     assert [e.delta_bytes for e in found] == expected, f"closed: {closed}"
     assert session.predict_peak().peak_bytes == max(itertools.accumulate(expected))
 
 
-MOST_GATES = 5
+MOST_GATES = 4
 
 
 @pytest.mark.slow
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(spec=specs(**SMALLER), preset=st.sampled_from(("exact", "max")))
 def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
     """All patterns of up to ``MOST_GATES`` gates, each run and measured."""
@@ -99,7 +100,7 @@ def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
         closed = [name for name, is_open in zip(names, pattern, strict=True) if not is_open]
         if closed:
             session.freeze(closed)
-        peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, batch)))
+        peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, session, batch)))
         assert peak == session.predict_peak().peak_bytes
         count = sum(pattern)
         assert peak <= trace.worst(count)[0], f"open: {pattern}"
@@ -109,9 +110,10 @@ def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
 
 @pytest.mark.parametrize("layers", [("ffn", "attention"), ("convolution", "layernorm")])
 def test_graph_breaks_are_followed(layers):
-    """Gradients that one graph hands to another are counted once: the peak of both together is exact."""
+    """Gradients that one graph hands to another are counted once; its results are taken to be kept: a bound."""
     spec = Spec(layers, break_at=1)
     model, session, batch = prepared(spec, "exact")
     assert len(session.backend.graphs) > 1
-    peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, batch)))
-    assert peak == session.predict_peak().peak_bytes
+    peak = max(itertools.accumulate(e.delta_bytes for e in measured_events(spec, model, session, batch)))
+    handed_over = batch[0].numel() * spec.width * 4
+    assert peak <= session.predict_peak().peak_bytes <= peak + handed_over
