@@ -97,12 +97,26 @@ def _step_peak_events(
     device: torch.device,
     counters: _CudaCounters | None = None,
 ) -> PeakReport:
+    events, marks = _recorded(fn, backward, device, counters)
+    return replay(events, boundary_ns=marks[0] if backward is not None else None)
+
+
+def recorded_step(fn: Callable[[], Any], backward: Callable[[Any], Any], device: str = "cpu") -> list[Event]:
+    """Run ``backward(fn())``; every allocation and release on ``device`` in the order of time."""
+    gc.collect()
+    return _recorded(fn, backward, torch.device(device))[0]
+
+
+def _recorded(
+    fn: Callable[[], Any],
+    backward: Callable[[Any], Any] | None,
+    device: torch.device,
+    counters: _CudaCounters | None = None,
+) -> tuple[list[Event], list[int]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         result = _run(fn, backward, counters)
     del result
-    tree = prof.profiler.kineto_results.experimental_event_tree()
-    events, marks = _read_tree(tree, device)
-    return replay(events, boundary_ns=marks[0] if backward is not None else None)
+    return _read_tree(prof.profiler.kineto_results.experimental_event_tree(), device)
 
 
 def _step_peak_cuda(

@@ -1,8 +1,10 @@
 """Predicted against measured peaks of training steps: ``python -m bench.peak``.
 
-Each case (model, depth, batch, length, dtype, preset) trains in a process of its own under ILS. In every measured step
-the prediction (``session.predict_peak()``, made from the generated code and the gates) is held against the allocator's
-events; so is the bound for the worst choice of gates, which no step may exceed. Results go to ``bench/results/peak-*``.
+Each case (model, depth, batch, length, dtype, preset) trains in a process of its own: some steps as its scheduler
+likes (ILS; ``-open``: every gate open), then one with all gates closed and one with a single open one. In every
+measured step the prediction (``session.predict_peak()``, made from the generated code and the gates) is held against
+the allocator's events; so is the bound for the worst choice of gates, which no step may exceed. Results go to
+``bench/results/peak-*``.
 """
 
 from __future__ import annotations
@@ -22,11 +24,24 @@ from bench.measure import step_peak
 from bench.models import autocast, make_case
 from bench.rivals import Settings, Trainee, make_trainee
 
-_SMALL = {"width": 256, "heads": 4, "vocab": 2000}
+_SMALL = {"width": 256, "heads": 4, "vocab": 2000, "resolution": 128}
+_NARROW = {**_SMALL, "width": 128}
+_REAL = {"width": 768, "heads": 12, "vocab": 8000, "resolution": 224}
+_MORE: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("bert", "paper", {**_SMALL, "layers": 4, "batch": 8, "length": 64, "dtype": "bf16"}),
+    ("bert", "balanced", {**_NARROW, "layers": 12, "batch": 4, "length": 64, "dtype": "fp32"}),
+    ("bert", "max-open", {**_REAL, "layers": 2, "batch": 4, "length": 128, "dtype": "fp32"}),
+    ("vit", "paper", {**_SMALL, "layers": 4, "batch": 2, "dtype": "fp32"}),
+    ("vit", "balanced", {**_REAL, "layers": 2, "batch": 2, "dtype": "bf16"}),
+    ("gpt2", "paper-open", {**_SMALL, "layers": 3, "batch": 4, "length": 64, "dtype": "fp32"}),
+    ("gpt2", "exact", {**_NARROW, "layers": 6, "batch": 8, "length": 64, "dtype": "bf16"}),
+    ("llama", "paper", {**_SMALL, "layers": 3, "batch": 4, "length": 96, "dtype": "bf16"}),
+    ("llama", "max", {**_NARROW, "layers": 8, "batch": 2, "length": 256, "dtype": "fp32"}),
+)
 
 
 def cases(device: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(model, preset, settings): every model, several presets, both dtypes, two depths, two sizes of the batch."""
+    """(model, preset, settings): every model and preset, both dtypes, 2 to 12 layers, several batches and lengths."""
     found = []
     for (model, preset), (number, dtype) in zip(
         itertools.product(("bert", "vit", "gpt2", "llama"), ("exact", "balanced", "max", "balanced-open")),
@@ -34,8 +49,8 @@ def cases(device: str) -> list[tuple[str, str, dict[str, Any]]]:
         strict=False,
     ):
         size = {"batch": (4, 8, 6)[number], "length": (128, 64, 96)[number], "layers": (2, 3, 2)[number]}
-        found.append((model, preset, {**_SMALL, **size, "resolution": 128, "dtype": dtype, "device": device}))
-    return found
+        found.append((model, preset, {**_SMALL, **size, "dtype": dtype, "device": device}))
+    return [*found, *((model, preset, {**settings, "device": device}) for model, preset, settings in _MORE)]
 
 
 def work(options: argparse.Namespace) -> None:
@@ -45,19 +60,33 @@ def work(options: argparse.Namespace) -> None:
     trainee = make_trainee(preset, case, Settings())
     trainee.step()
     session: Any = trainee.session
-    rows = []
-    for _ in range(options.steps):
-        trainee.clear()
-        peak = step_peak(
-            lambda: _outputs(trainee),
-            backward=lambda outputs: outputs.loss.backward(),
-            device=case.device,
-            timeline=False,
-        )
-        rows.append({"measured": peak.peak_bytes, "predicted": session.predict_peak().peak_bytes})
-        trainee.update()
+    patterns = ["scheduled"] * options.steps + ["all closed", "one open"]
+    rows = [_row(trainee, session, pattern) for pattern in patterns]
     worst = session.plan.peak.worst_bytes
     report.write_out(options.out, {"case": case.name, "preset": preset, "worst_bound": worst, "steps": rows})
+
+
+def _row(trainee: Trainee, session: Any, pattern: str) -> dict[str, Any]:
+    """One training step with these gates, predicted and measured."""
+    names = session.gates.names
+    if pattern != "scheduled":
+        session.unfreeze()
+        session.freeze(names if pattern == "all closed" else [n for n in names if n != names[len(names) // 2]])
+    trainee.clear()
+    peak = step_peak(
+        lambda: _outputs(trainee),
+        backward=lambda outputs: outputs.loss.backward(),
+        device=trainee.case.device,
+        timeline=False,
+    )
+    predicted = session.predict_peak().peak_bytes
+    trainee.update()
+    return {
+        "gates": pattern,
+        "open": len(session.gates.open),
+        "measured": peak.peak_bytes,
+        "predicted": predicted,
+    }
 
 
 def _outputs(trainee: Trainee) -> Any:
@@ -104,7 +133,8 @@ def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> i
     headers = ["case", "largest peak MB", "largest error %", "bound of the worst choice MB", ""]
     print(tabulate(lines, headers=headers, floatfmt=("", ".2f", "+.3f", ".2f", ""), missingval="-"))
     median, worst = (statistics.median(map(abs, errors)), max(map(abs, errors))) if errors else (1.0, 1.0)
-    print(f"\n{len(errors)} steps: median error {median:.3%}, largest {worst:.3%}; peaks above the bound: {above}")
+    print(f"\n{len(results)} cases, {len(errors)} steps: median error {median:.3%}, largest {worst:.3%}")
+    print(f"cases with a step above the bound of the worst choice: {above}")
     limits = (0.01, 0.03) if torch.device(options.device).type == "cuda" else (0.02, 0.06)
     passed = len(errors) > 0 and median <= limits[0] and worst <= limits[1] and above == 0
     print(f"median <= {limits[0]:.0%}, largest <= {limits[1]:.0%}, none above: {'PASS' if passed else 'SHORT'}")

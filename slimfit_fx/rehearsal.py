@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from slimfit_fx.beside_steps import make_budget, make_fixed_bytes, open_count
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
 from slimfit_fx.capture.partitioner import PlanReady
 from slimfit_fx.config import Config
+from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
 from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
 from slimfit_fx.planning.peak import StepTrace
@@ -23,7 +25,7 @@ from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.planning.timeline import Timeline, read_timeline
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler
-from slimfit_fx.session import build_plan, make_budget, make_fixed_bytes, open_count
+from slimfit_fx.session import build_plan
 from slimfit_fx.units import GateUnit
 
 E = TypeVar("E", bound=BaseException)
@@ -50,16 +52,16 @@ class Rehearsal:
             ValueError: the model cannot be captured.
         """
         scheduler = self._scheduler(config)
-        budget = make_budget(self.model, config, self.units, scheduler, lambda: None)
+        budget = make_budget(self.model, config, self.units, scheduler, list)
         graphs = self.graphs(config, args, kwargs, peak=peak or budget is not None, budget=budget)
         opened = open_count(config, scheduler, self.units)
-        fixed = make_fixed_bytes(self.model, config, self.units, scheduler, lambda: None)
+        fixed = make_fixed_bytes(self.model, config, self.units, scheduler, list)
         found = build_plan(self.model, config, self.units, graphs, None, open_count=opened, update=fixed().update)
         return found.with_comparison(self.plain_timeline(args, kwargs)) if compare else found
 
     def budget(self, config: Config) -> Budget:
         """What steps of the model may take under ``config``, which has a budget."""
-        found = make_budget(self.model, config, self.units, self._scheduler(config), lambda: None)
+        found = make_budget(self.model, config, self.units, self._scheduler(config), list)
         assert found is not None
         return found
 
@@ -101,7 +103,7 @@ def _trace_plain(gm: fx.GraphModule, inputs: Sequence[Any], traced: list[StepTra
     write_plain_code(gm, inputs, codes)
     if len(codes) == 2:
         with torch.no_grad(), torch._C._DisableAutocast():
-            traced.append(trace_step(codes[0], codes[1], first_gate=len(inputs), num_gates=0))
+            traced.append(trace_step(codes[0], codes[1], GateLayout(len(inputs), ())))
     raise PlanReady
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from slimfit_fx._suggest import did_you_mean
+from slimfit_fx.beside_steps import (
+    ADAMW_STATE_PER_BYTE,
+    bytes_of,
+    make_budget,
+    make_fixed_bytes,
+    open_count,
+    update_memory,
+)
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.config import Config
-from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
@@ -22,9 +29,6 @@ from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
 from slimfit_fx.runtime.steps import StepTracker
 from slimfit_fx.schedule import Scheduler
 from slimfit_fx.units import GateUnit
-
-ADAMW_STATE_PER_BYTE = 2
-"""Assumed before the first optimizer step: two moments per trainable element, in the parameter's dtype."""
 
 
 class Session:
@@ -49,7 +53,8 @@ class Session:
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
         self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
-        budget = make_budget(model, config, units, self.scheduler, self._hooks.state_bytes)
+        budget = make_budget(model, config, units, self.scheduler, lambda: list(self._hooks.optimizers))
+        self._fixed = make_fixed_bytes(model, config, units, self.scheduler, lambda: list(self._hooks.optimizers))
         self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=budget)
 
     @property
@@ -101,7 +106,7 @@ class Session:
             self._backend.graphs,
             self._hooks.state_bytes(),
             open_count=open_count(self.config, self.scheduler, self._units),
-            update=make_fixed_bytes(model, self.config, self._units, self.scheduler, self._hooks.state_bytes)().update,
+            update=self._fixed().update,
         )
 
     def predict_peak(self, open_units: Iterable[str] | None = None) -> StepPeak:
@@ -111,20 +116,46 @@ class Session:
         optimizer state, the batch); read off the compiled code.
 
         Raises:
-            RuntimeError: not known: nothing was compiled yet, or not by Inductor (the reason is in the message).
+            RuntimeError: not known: nothing was compiled yet (the reason is in the message).
             ValueError: a name that is no unit with a gate.
         """
         traced = step_trace(latest_graphs(self._backend.graphs))
         if isinstance(traced, str):
             raise RuntimeError(f"the peak of a step is not known: {traced}")
         trace, names = traced
+        wanted = self._named(open_units)
+        return trace.peak([k for k, name in enumerate(names) if name in wanted])
+
+    def predict_update(self, open_units: Iterable[str] | None = None) -> int:
+        """Bytes that the optimizer's step takes with these units open (default: those open now), without running it.
+
+        Above parameters and optimizer state: the gradients, copies of the open weights if the scheduler wants to know
+        how far they move, and what the optimizer takes for itself (``foreach`` makes lists as large as all gradients).
+
+        Raises:
+            RuntimeError: not known: the optimizer does what cannot be followed without values.
+            ValueError: a name that is no unit with a gate.
+        """
+        model = self._model()
+        assert model is not None, "the model is gone"
+        wanted = self._named(open_units)
+        optimizers = list(self._hooks.optimizers)
+        memory = update_memory(model, self.config, self._units, self.scheduler, optimizers, sorted(wanted))
+        if memory is None:
+            raise RuntimeError("the memory of the optimizer's step is not known: its step cannot run without values")
+        opened = sum(bytes_of(p) for name in wanted for p in self.gates.params_of(name))
+        closed = sum(bytes_of(p) for name in self.gates.names for p in self.gates.params_of(name)) - opened
+        gradients = sum(bytes_of(p) for p in model.parameters() if p.requires_grad) - closed
+        return gradients + (opened if self.scheduler.needs_distances else 0) + memory.temporary_bytes
+
+    def _named(self, open_units: Iterable[str] | None) -> frozenset[str]:
         wanted = self.gates.open if open_units is None else frozenset(open_units)
         unknown_names = sorted(wanted - frozenset(self.gates.names))
         if unknown_names:
             raise ValueError(
                 "; ".join(f"{name!r} is no unit{did_you_mean(name, self.gates.names)}" for name in unknown_names)
             )
-        return trace.peak([k for k, name in enumerate(names) if name in wanted])
+        return wanted
 
     def before_forward(self) -> None:
         """Called by the engine before each training forward."""
@@ -183,52 +214,6 @@ class Session:
             f"Session(preset={self.config.preset!r}, executor={self.executor!r}, {self.gates!r}, steps={self.steps}, "
             f"recompiles={self.recompiles})"
         )
-
-
-def open_count(config: Config, scheduler: Scheduler, units: Sequence[GateUnit]) -> int:
-    """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
-    by_rate = config.scheduler in ("ils", "none", "random", "round_robin")
-    return scheduler.open_count if by_rate else len(units)
-
-
-def make_budget(
-    model: nn.Module,
-    config: Config,
-    units: Sequence[GateUnit],
-    scheduler: Scheduler,
-    state_bytes: Callable[[], int | None],
-) -> Budget | None:
-    """What the steps of ``model`` may take, if ``config`` says so. ``state_bytes``: of the optimizer, once known."""
-    if config.memory_budget is None:
-        return None
-    limit = budget_bytes(config.memory_budget, next(model.parameters()).device)
-    fixed = make_fixed_bytes(model, config, units, scheduler, state_bytes)
-    return Budget(limit, open_count(config, scheduler, units), fixed, config.gradient_accumulation)
-
-
-def make_fixed_bytes(
-    model: nn.Module,
-    config: Config,
-    units: Sequence[GateUnit],
-    scheduler: Scheduler,
-    state_bytes: Callable[[], int | None],
-) -> Callable[[], FixedBytes]:
-    """What tells the bytes that are there beside the steps; it does not keep ``model`` alive."""
-    reference, opened = weakref.ref(model), open_count(config, scheduler, units)
-
-    def fixed() -> FixedBytes:
-        model = reference()
-        assert model is not None, "the model is gone"
-        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        return fixed_bytes(
-            model,
-            [unit.bytes for unit in units],
-            opened,
-            optimizer_state=max(state_bytes() or 0, ADAMW_STATE_PER_BYTE * trainable),
-            copies=scheduler.needs_distances,
-        )
-
-    return fixed
 
 
 def latest_graphs(graphs: Sequence[CapturedGraph]) -> list[CapturedGraph]:

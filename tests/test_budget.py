@@ -146,7 +146,9 @@ def test_what_is_there_before_a_step():
     found = fixed_bytes(model, [400], 1, optimizer_state=7, copies=True)
     assert (found.parameters, found.optimizer_state) == (520, 7)
     assert found.buffers == 10 * 4 * 2 + 8
-    assert found.update == 520 + 400 + 3 * 400, "gradients, copies of open weights, temporaries of the largest"
+    assert found.update == 520 + 400 + 3 * 520, "gradients, copies of open weights, a rough bound for the optimizer"
+    known = fixed_bytes(model, [400], 1, optimizer_state=7, copies=False, temporaries=11)
+    assert known.update == 520 + 11
 
 
 @pytest.mark.inductor

@@ -20,7 +20,7 @@ from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError
-from slimfit_fx.planning.dry_run import GeneratedCode
+from slimfit_fx.planning.dry_run import StepCode
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.store import load_plan, plan_key, save_plan
 from slimfit_fx.runtime.gates import GateTable
@@ -60,9 +60,11 @@ class SlimFitBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph; dynamo calls this once per graph and once more per recompile."""
         layout, units = gate_layout(example_inputs, self._gates())
-        captured = CapturedGraph(units, self._seen_before(_frame_id()), num_inputs=layout.num_inputs)
+        captured = CapturedGraph(units, self._seen_before(_frame_id()), layout=layout)
+        captured.passed_on = frozenset(i for i, v in enumerate(example_inputs) if _is_computed(v))
         self.graphs.append(captured)
         if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
+            captured.layout = None
             captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
             return self._lower_plain(gm, example_inputs)
         sink: list[GraphPlan] = []
@@ -127,7 +129,7 @@ class SlimFitBackend:
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
         partitioner: GatedPartitioner,
-        codes: list[GeneratedCode],
+        codes: list[StepCode],
         *,
         dry: bool = False,
     ) -> Callable[..., Any]:
@@ -135,7 +137,7 @@ class SlimFitBackend:
         extended = add_gate_inputs(gm, len(layout.params))
         inputs = [*example_inputs, *(torch.tensor(True) for _ in layout.params)]
         if self.executor != "inductor":
-            compiled = lower_with_interpreter(extended, inputs, partitioner)
+            compiled = lower_with_interpreter(extended, inputs, partitioner, codes)
         else:
             compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only)
             if self.plan_only and not dry:
@@ -156,7 +158,7 @@ class SlimFitBackend:
             MemoryBudgetError: nothing fits.
         """
 
-        def write_code(partitioner: GatedPartitioner, codes: list[GeneratedCode]) -> object:
+        def write_code(partitioner: GatedPartitioner, codes: list[StepCode]) -> object:
             return self._lower(gm, example_inputs, partitioner, codes, dry=True)
 
         config = under.choose(captured, layout, example_inputs, write_code)
@@ -216,6 +218,10 @@ def bind_gates(
 
 def _no_check(_: Sequence[Any]) -> None:
     """Without a budget any size will do."""
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _ghosts_would_be_read() -> bool:

@@ -11,8 +11,9 @@ import torch
 
 from slimfit_fx.capture.fit import SizeWatch
 from slimfit_fx.config import Config
+from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Judged
-from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
+from slimfit_fx.planning.dry_run import StepCode, trace_step
 from slimfit_fx.planning.peak import StepTrace, join
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.store import load_trace, save_trace
@@ -27,11 +28,14 @@ class CapturedGraph:
     unit_names: tuple[str, ...]
     is_recompile: bool
     plan: GraphPlan | None = None
-    num_inputs: int = 0
     key: str = ""
     """Names it in the store of plans; empty for one that is only tried."""
-    codes: list[GeneratedCode] = field(default_factory=list, repr=False)
-    """What Inductor wrote for it: forward, backward."""
+    layout: GateLayout | None = None
+    """Its gates; None if nothing in it needs a gradient."""
+    passed_on: frozenset[int] = frozenset()
+    """Inputs that another graph of the step computed."""
+    codes: list[StepCode] = field(default_factory=list, repr=False)
+    """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None
     """The settings that a budget led to, if there is one."""
     judged: Judged | None = None
@@ -48,7 +52,11 @@ class CapturedGraph:
             self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
         if self._trace is not None:
             return self._trace
-        return "no compiled backward of it was seen: run one training step with executor inductor"
+        return "no compiled backward of it was seen: run one training step"
+
+    def is_known(self) -> bool:
+        """Whether the memory events of a training step through it are known."""
+        return self.layout is not None and not isinstance(self.trace(), str)
 
     def keep_trace(self, trace: StepTrace) -> None:
         """Take ``trace`` for its own, by the sizes that it was compiled for."""
@@ -67,9 +75,10 @@ class CapturedGraph:
 
     def _dry_run(self) -> StepTrace | None:
         forward, backward = self.codes
+        assert self.layout is not None
         try:
             with torch.no_grad(), torch._C._DisableAutocast():
-                trace = trace_step(forward, backward, first_gate=self.num_inputs, num_gates=len(self.unit_names))
+                trace = trace_step(forward, backward, self.layout, passed_on=self.passed_on)
         except Exception:  # for display only: what Inductor wrote may hold anything
             log.warning("the memory of a compiled graph could not be followed", exc_info=True)
             return None
@@ -81,10 +90,10 @@ class CapturedGraph:
 
 def step_trace(graphs: Sequence[CapturedGraph]) -> tuple[StepTrace, tuple[str, ...]] | str:
     """The memory events of a step through all ``graphs`` and the names of its gates, or why they are not known."""
-    training = [graph for graph in graphs if graph.unit_names]
+    training = [graph for graph in graphs if graph.unit_names or graph.is_known()]
     traces = [graph.trace() for graph in training]
     unknown = [trace for trace in traces if isinstance(trace, str)]
-    if unknown or not traces:
+    if unknown or not any(graph.unit_names for graph in training):
         return unknown[0] if unknown else "no graph with a gate was captured"
     names = tuple(dict.fromkeys(name for graph in training for name in graph.unit_names))
     numbers = [[names.index(name) for name in graph.unit_names] for graph in training]

@@ -16,7 +16,7 @@ import torch
 
 from slimfit_fx.capture.partitioner import PlanTooLarge
 from slimfit_fx.config import Config
-from slimfit_fx.graph.joint import hint
+from slimfit_fx.graph.joint import GateLayout, hint
 from slimfit_fx.planning.budget import Budget, Judged, judge, saved_alone_exceed
 from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
 from slimfit_fx.planning.peak import StepTrace
@@ -76,7 +76,9 @@ def first_that_fits(
     return min(seen, key=lambda a: a.judged.total_bytes), False
 
 
-def trace_at(codes: Sequence[GeneratedCode], arguments: Sequence[Any], first_gate: int, num_gates: int) -> StepTrace:
+def trace_at(
+    codes: Sequence[GeneratedCode], arguments: Sequence[Any], layout: GateLayout, passed_on: frozenset[int]
+) -> StepTrace:
     """The memory events of a compiled graph in a call with ``arguments``, whatever sizes it was compiled for.
 
     Raises:
@@ -85,7 +87,7 @@ def trace_at(codes: Sequence[GeneratedCode], arguments: Sequence[Any], first_gat
     """
     forward, backward = codes_at(codes, arguments)
     with torch.no_grad(), torch._C._DisableAutocast():
-        return trace_step(forward, backward, first_gate=first_gate, num_gates=num_gates)
+        return trace_step(forward, backward, layout, passed_on=passed_on)
 
 
 class SizeWatch:

@@ -15,8 +15,12 @@ from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weig
 from slimfit_fx.capture.partitioner import GatedPartitioner
 from slimfit_fx.graph.joint import module_path
 from slimfit_fx.passes.insert_codecs import ENCODED
-from slimfit_fx.planning.dry_run import GeneratedCode
+from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
+from slimfit_fx.planning.graph_run import GraphCode
 from slimfit_fx.planning.labels import LABEL, saved_label
+
+_BOXED = getattr(fx.graph, "_BoxedCodeGen", None)
+"""Generated Python that takes a list of inputs and empties it, so that each is freed behind its last reader."""
 
 Compiled = Callable[..., Any]
 
@@ -52,7 +56,7 @@ def lower_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     partitioner: GatedPartitioner,
-    codes: list[GeneratedCode],
+    codes: list[StepCode],
     *,
     dry: bool = False,
 ) -> Compiled:
@@ -84,13 +88,13 @@ def lower_with_inductor(
         return compiled
 
 
-def _inner_compile(codes: list[GeneratedCode], dry: bool) -> Callable[..., Any]:
+def _inner_compile(codes: list[StepCode], dry: bool) -> Callable[..., Any]:
     """Inductor's inner compile of one graph, forward or backward; a backward may be compiled long after its forward."""
 
     def compile_inner(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx_inner
 
-        graph = copy_placeholders(module.graph)
+        graph = copy_ends(module.graph)
         with gradients_weigh_nothing(), nothing_loaded() if dry else contextlib.nullcontext():
             compiled = compile_fx_inner(module, example_inputs, **kwargs)
         source = getattr(compiled, "source_code", None)
@@ -101,14 +105,18 @@ def _inner_compile(codes: list[GeneratedCode], dry: bool) -> Callable[..., Any]:
     return compile_inner
 
 
-def copy_placeholders(graph: fx.Graph) -> fx.Graph:
-    """A graph with the inputs of ``graph`` only, and their labels: the compiler changes the graph it is given."""
+def copy_ends(graph: fx.Graph) -> fx.Graph:
+    """A graph with the inputs of ``graph``, their labels and what is said of its outputs.
+
+    The compiler changes the graph that it is given.
+    """
     copied = fx.Graph()
     for node in graph.find_nodes(op="placeholder"):
         encoded = node.meta.get(ENCODED)
         name = str(node.target) if encoded is None else encoded[0]
         label = saved_label(name, module_path(node), encoded=encoded is not None)
         copied.placeholder(str(node.target)).meta[LABEL] = label
+    copied.output(()).meta["desc"] = graph.output_node().meta.get("desc")
     return copied
 
 
@@ -117,7 +125,7 @@ def write_plain_code(gm: fx.GraphModule, inputs: Sequence[Any], codes: list[Gene
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def compile_inner(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        graph = copy_placeholders(module.graph)
+        graph = copy_ends(module.graph)
         with nothing_loaded():
             compiled: Any = compile_fx_inner(module, example_inputs, **kwargs)
         codes.append(GeneratedCode.of(compiled.source_code, graph, example_inputs))
@@ -145,14 +153,24 @@ def _never(*_: Any) -> Any:
     raise RuntimeError("this graph was compiled for its memory plan only")
 
 
-def lower_with_interpreter(gm: fx.GraphModule, inputs: Sequence[Any], partitioner: GatedPartitioner) -> Compiled:
-    """Run the rewritten graphs operator by operator: no C++ compiler, the same passes."""
+def lower_with_interpreter(
+    gm: fx.GraphModule, inputs: Sequence[Any], partitioner: GatedPartitioner, codes: list[StepCode]
+) -> Compiled:
+    """Run the rewritten graphs operator by operator: no C++ compiler, the same passes.
+
+    ``codes`` receives the graphs that are run: forward, then backward.
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.decomposition import select_decomp_table
 
-    def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Compiled:
-        return make_boxed_func(graph.forward)
+    def compiler(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        codes.append(GraphCode.of(graph, example_inputs, boxed=_BOXED is not None))
+        if _BOXED is None:
+            return make_boxed_func(graph.forward)
+        graph.graph.set_codegen(_BOXED())
+        graph.recompile()
+        return make_boxed(graph.forward)
 
     backend = aot_autograd(
         fw_compiler=compiler,
@@ -162,6 +180,16 @@ def lower_with_interpreter(gm: fx.GraphModule, inputs: Sequence[Any], partitione
     )
     with torch._functorch.config.patch(donated_buffer=False):
         return backend(gm, list(inputs))
+
+
+def make_boxed(function: Compiled) -> Compiled:
+    """Mark ``function`` as one that takes a list and may empty it, as AOTAutograd wants to know."""
+
+    def boxed(arguments: list[Any]) -> Any:
+        return function(arguments)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
 
 
 def has_compiler(device: torch.device) -> str | None:

@@ -22,11 +22,11 @@ from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, Judged, MemoryBudgetError, candidates, describe_excess, explain
-from slimfit_fx.planning.dry_run import GeneratedCode
+from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 
-WriteCode = Callable[[GatedPartitioner, list[GeneratedCode]], object]
+WriteCode = Callable[[GatedPartitioner, list[StepCode]], object]
 """Lowers a graph without compiling it; the list receives its code."""
 
 
@@ -82,7 +82,7 @@ class UnderBudget:
         """Write the code of one candidate and run it dry."""
         plans: list[GraphPlan] = []
         token = PLAN_SINK.set(plans)
-        codes: list[GeneratedCode] = []
+        codes: list[StepCode] = []
         try:
             write_code(partitioner, codes)
         finally:
@@ -93,7 +93,9 @@ class UnderBudget:
         if isinstance(trace, str) or isinstance(step, str):
             raise MemoryBudgetError(f"memory_budget cannot be promised: {step}")
         judged = judged_under(partitioner.config, step, self.budget)
-        return Attempt(partitioner.config, plans[-1], tuple(codes), trace, step, judged)
+        return Attempt(
+            partitioner.config, plans[-1], tuple(c for c in codes if isinstance(c, GeneratedCode)), trace, step, judged
+        )
 
     def _step_with(self, captured: CapturedGraph, trace: StepTrace) -> StepTrace | str:
         """The events of a step through the other graphs, at the largest sizes they had so far, and this one."""
@@ -106,7 +108,9 @@ class UnderBudget:
 
         def takes(arguments: Sequence[Any]) -> Judged:
             assert captured.chosen is not None and captured.judged is not None
-            trace = trace_at(codes, arguments, captured.num_inputs, len(captured.unit_names))
+            layout = captured.layout
+            assert layout is not None
+            trace = trace_at(codes, arguments, layout, captured.passed_on)
             step = self._step_with(captured, trace)
             assert isinstance(step, StepTrace), step
             judged = judged_under(captured.chosen, step, self.budget)

@@ -29,6 +29,11 @@ class GateLayout:
     num_inputs: int
     params: tuple[tuple[int, ...], ...]
 
+    def gate_at(self, index: int) -> int | None:
+        """The gate that this flat input of the extended graph is, or None."""
+        gate = index - self.num_inputs
+        return gate if 0 <= gate < len(self.params) else None
+
     @property
     def gate_of_param(self) -> dict[int, int]:
         """Flat input -> the gate that freezes this parameter."""

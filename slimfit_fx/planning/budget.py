@@ -101,18 +101,25 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def fixed_bytes(
-    model: nn.Module, unit_bytes: Sequence[int], open_count: int, *, optimizer_state: int, copies: bool
+    model: nn.Module,
+    unit_bytes: Sequence[int],
+    open_count: int,
+    *,
+    optimizer_state: int,
+    copies: bool,
+    temporaries: int | None = None,
 ) -> FixedBytes:
     """What a model holds beside its steps.
 
-    ``unit_bytes``: gradients of each unit; ``copies``: open weights are remembered while the optimizer steps.
+    ``unit_bytes``: gradients of each unit; ``copies``: open weights are remembered while the optimizer steps;
+    ``temporaries``: what the optimizer takes for itself (update.py); a rough bound if it is not known.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p in parameters]
     opened = sum(heapq.nlargest(open_count, unit_bytes))
     trained = opened + sum(sizes) - sum(unit_bytes)
-    on_gpu = any(p.device.type == "cuda" for p in parameters)
-    temporaries = 2 * trained if on_gpu else 3 * max(sizes, default=0)  # of all at once (foreach), or one by one
+    if temporaries is None:
+        temporaries = 3 * trained
     return FixedBytes(
         parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),

@@ -28,6 +28,8 @@ class Event:
     """The block exists if one of these gates is open; always, if there are none."""
     branch: int | None = None
     """The gate inside whose branch this happens."""
+    unless: int | None = None
+    """It does not happen if this gate is open."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class StepTrace:
         for index, event in enumerate(self.events):
             if index == self.boundary:
                 saved, forward_peak = total, peak
-            if _happens(event, chosen):
+            if happens(event, chosen):
                 total += event.delta_bytes
                 alive[event.block] = event
                 if event.delta_bytes < 0:
@@ -114,6 +116,8 @@ class StepTrace:
         """After every allocation: bytes that are always there, bytes by gate, and the branch it happens in."""
         always, owned = 0, dict[int, int]()
         for event in self.events:
+            if event.unless is not None:  # such blocks belong to everybody until the end: only ever too much
+                continue
             for gate in event.owners:
                 owned[gate] = owned.get(gate, 0) + event.delta_bytes
             if not event.owners:
@@ -124,7 +128,7 @@ class StepTrace:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
         return {
-            "events": [[e.delta_bytes, e.block, sorted(e.owners), e.branch] for e in self.events],
+            "events": [[e.delta_bytes, e.block, sorted(e.owners), e.branch, e.unless] for e in self.events],
             "boundary": self.boundary,
             "labels": {str(block): label for block, label in self.labels.items()},
             "num_gates": self.num_gates,
@@ -133,7 +137,7 @@ class StepTrace:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepTrace:
         """The inverse of :meth:`to_dict`."""
-        events = tuple(Event(d, b, frozenset(o), br) for d, b, o, br in data["events"])
+        events = tuple(Event(d, b, frozenset(o), *rest) for d, b, o, *rest in data["events"])
         labels = {int(block): label for block, label in data["labels"].items()}
         return cls(events, int(data["boundary"]), labels, int(data["num_gates"]))
 
@@ -174,8 +178,9 @@ def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakFor
     )
 
 
-def _happens(event: Event, chosen: frozenset[int]) -> bool:
-    return not event.owners or bool(event.owners & chosen)
+def happens(event: Event, chosen: frozenset[int]) -> bool:
+    """Whether the event is one of a step in which these gates are open."""
+    return event.unless not in chosen and (not event.owners or bool(event.owners & chosen))
 
 
 def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTrace:
@@ -201,4 +206,5 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
 def _moved(event: Event, offset: int, numbers: Sequence[int]) -> Event:
     branch = None if event.branch is None else numbers[event.branch]
     owners = frozenset(numbers[g] for g in event.owners)
-    return Event(event.delta_bytes, event.block + offset, owners, branch)
+    unless = None if event.unless is None else numbers[event.unless]
+    return Event(event.delta_bytes, event.block + offset, owners, branch, unless)

@@ -259,7 +259,7 @@ class Planner:
         return size * _PRICE_PER_BYTE["pointwise" if ops.is_pointwise(node) else "rearrange"]
 
     def _product_price(self, node: fx.Node) -> float:
-        """Products with a parameter run again only where that was asked for; attention scores of small heads always may."""
+        """Products with a parameter run again only where that was asked for, attention scores of small heads always."""
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         inner = hint(tensors[-1].meta["val"].shape[0 if tensors[-1].meta["val"].dim() == 2 else -2])
         flops = 2.0 * hint(node.meta["val"].numel()) * inner

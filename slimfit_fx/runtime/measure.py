@@ -50,19 +50,19 @@ def step_memory(
     Garbage is collected first, so that nothing from before is released in the step. The step runs slower than usual.
     """
     gc.collect()
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         with record_function(_BACKWARD_MARK + "_not_yet"):
             result = forward()
         with record_function(_BACKWARD_MARK):
             backward(result)
     del result
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    nodes = list(_walk(recorded.profiler.kineto_results.experimental_event_tree()))
+    nodes = list(walk(recorded.profiler.kineto_results.experimental_event_tree()))
     return _add_up(nodes, torch.device(device))
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keep the profiler's log lines off the terminal: torch's own switch for them is read before torch is imported."""
     kept = os.dup(2)
     try:
@@ -74,7 +74,7 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-def _walk(tree: Iterable[Any]) -> Iterator[Any]:
+def walk(tree: Iterable[Any]) -> Iterator[Any]:
     """Yield every node; iterative, since a profile nests as deep as the calls do."""
     stack = list(tree)
     while stack:

@@ -65,7 +65,8 @@ def _mean_parts(before: Tensor, after: Tensor) -> Tensor:
     moved, size = (after - before).abs_(), before.abs()
     usable = size >= _TINY
     ratios = (moved / size).masked_fill_(~usable, 0.0)
-    return torch.stack((ratios.sum(), usable.sum(dtype=before.dtype), moved.sum()))
+    counted = torch.count_nonzero(usable).to(before.dtype)  # a sum of booleans would first make numbers of them
+    return torch.stack((ratios.sum(), counted, moved.sum()))
 
 
 def _norm_parts(before: Tensor, after: Tensor) -> Tensor:

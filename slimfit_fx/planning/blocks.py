@@ -1,0 +1,120 @@
+"""Memory in a dry run: what is known of a tensor, blocks that are made and given back, and who writes it down.
+
+::
+
+    meter = Meter()
+    block = meter.allocate(64, "x")   # events: +64
+    del block                         # events: +64, -64: when nothing refers to it, as a tensor's memory
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from slimfit_fx.graph.joint import hint
+from slimfit_fx.planning.peak import Event
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a dry run must know of an input: sizes and strides are whole numbers, symbols by their examples."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    room: int = 0
+    """Bytes of the whole memory that it is a part of, if that is known."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a real or fake tensor."""
+        shape, strides = tuple(map(hint, tensor.shape)), tuple(map(hint, tensor.stride()))
+        return cls(shape, strides, tensor.dtype, tensor.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold it."""
+        return max(self.room, storage_bytes(self.shape, self.strides, self.dtype.itemsize))
+
+
+def spec_of(value: Any) -> TensorSpec | int | None:
+    """What a dry run must know of an example input; None if it is neither a tensor nor a number."""
+    if isinstance(value, torch.Tensor):
+        return TensorSpec.of(value)
+    return hint(value) if isinstance(value, (int, torch.SymInt)) else None
+
+
+@dataclass
+class Meter:
+    """Writes down every block that is made and given back. ``round_to``: the allocator's granularity in bytes."""
+
+    round_to: int = 1
+    events: list[Event] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    branch: int | None = None
+    """The gate inside whose branch the code runs now."""
+
+    def allocate(self, nbytes: int, label: str, owners: frozenset[int] = frozenset()) -> Block:
+        """A new block of ``nbytes``; it is given back when nobody refers to it any more."""
+        size = -(-nbytes // self.round_to) * self.round_to
+        block = Block(self, len(self.labels), size, owners if self.branch is None else frozenset([self.branch]))
+        self.labels[block.number] = label
+        self._note(block, size)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Called by a block that nobody refers to any more."""
+        self._note(block, -block.size)
+
+    def release_unless_open(self, block: Block, gate: int) -> None:
+        """The block is given back now if ``gate`` is closed, and as ever if it is open."""
+        self.events.append(Event(-block.size, block.number, unless=gate))
+        block.owners = frozenset([gate])
+
+    def _note(self, block: Block, delta: int) -> None:
+        if block.size:
+            self.events.append(Event(delta, block.number, block.owners, self.branch))
+
+
+class Block:
+    """A piece of memory, alive as long as something refers to it."""
+
+    __slots__ = ("meter", "number", "owners", "size")
+
+    def __init__(self, meter: Meter, number: int, size: int, owners: frozenset[int]) -> None:
+        self.meter, self.number, self.size, self.owners = meter, number, size, owners
+
+    def __del__(self) -> None:
+        self.meter.release(self)
+
+
+def storage_bytes(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Bytes from the first to the last element; 0 for an empty tensor."""
+    if math.prod(shape) == 0:
+        return 0
+    return itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor in row-major order."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return tuple(reversed(strides))
+
+
+def is_dense(spec: TensorSpec) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    step = 1
+    for stride, size in sorted((s, n) for n, s in zip(spec.shape, spec.strides, strict=True) if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True

@@ -1,0 +1,165 @@
+"""Memory of an optimizer's step: the optimizer itself steps, on parameters of the meta device.
+
+::
+
+    AdamW(foreach=True), 3 parameters of 4 MB with gradients  ->  state 24 MB, temporaries 12 MB
+
+Nothing is computed: a dispatch mode adds up the tensors that the optimizer's own code makes and lets go of. So whatever
+``torch.optim`` does counts (one parameter at a time, ``foreach``, ``fused``), and optimizers of others that are made of
+torch's operators.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
+
+from slimfit_fx.schedule.distance import update_distance
+
+_SCALARS = 64
+"""Bytes: numbers that torch wraps into tensors for the length of a call."""
+log = logging.getLogger("slimfit_fx.planning")
+
+
+@dataclass(frozen=True)
+class UpdateMemory:
+    """What an optimizer's step takes beside parameters and gradients."""
+
+    state_bytes: int
+    """Held from the first step on, for all parameters that it may train."""
+    temporary_bytes: int
+    """The most that it holds for itself while it steps, in a step in which the wanted parameters have gradients."""
+
+
+def update_memory(optimizer: Optimizer, wanted: Collection[int]) -> UpdateMemory | None:
+    """The memory of a step of ``optimizer`` in which the parameters with these ids have gradients.
+
+    None if that cannot be told: its ``step`` wants a closure, or does what no tensor without values can. The optimizer,
+    its parameters and its state are left as they are.
+    """
+    try:
+        with _disable_current_modes(), torch.random.fork_rng(devices=[]):
+            return _simulated(optimizer, wanted)
+    except Exception:  # an optimizer may hold any code
+        log.debug("the memory of %s could not be followed", type(optimizer).__name__, exc_info=True)
+        return None
+
+
+def step_memory(
+    optimizers: Sequence[Optimizer],
+    wanted: Sequence[Tensor],
+    compared: Sequence[Tensor] = (),
+    metric: Any = "relative_mean",
+) -> UpdateMemory | None:
+    """The memory of a step of several optimizers, one after the other, and of measuring how far ``compared`` moved.
+
+    ``wanted`` have gradients. ``compared`` are copied before (their copies are not counted here) and measured by
+    ``metric`` behind the step. None if an optimizer's memory cannot be told.
+    """
+    ids = frozenset(map(id, wanted))
+    found = [update_memory(optimizer, ids) for optimizer in optimizers]
+    known = [memory for memory in found if memory is not None]
+    if len(known) < len(found):
+        return None
+    metas = {(p.shape, p.dtype): _without_values(p).detach() for p in compared}
+    measuring = [count_bytes(partial(update_distance, p, p, metric=metric)) for p in metas.values()]
+    temporary = max([*(m.temporary_bytes for m in known), *measuring], default=0)
+    return UpdateMemory(sum(m.state_bytes for m in known), temporary)
+
+
+def count_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes in tensors that ``function`` makes, on meta tensors, at any moment. Its result is among them."""
+    with _Counter() as counter:
+        result = function()
+    del result
+    return counter.most
+
+
+def _simulated(optimizer: Optimizer, wanted: Collection[int]) -> UpdateMemory:
+    replica, params = _replica(optimizer)
+    step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without the hooks of all optimizers
+    for param in params.values():
+        param.grad = torch.empty_like(param)
+    count_bytes(lambda: step(replica))
+    state = sum(t.untyped_storage().nbytes() for t in _tensors(replica.state))
+    in_place = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for key, param in params.items():
+        if key not in wanted or key in in_place:
+            param.grad = None
+    return UpdateMemory(state, count_bytes(lambda: step(replica)) + _SCALARS)
+
+
+def _replica(optimizer: Optimizer) -> tuple[Optimizer, dict[int, Tensor]]:
+    """The same optimizer without state, for parameters that have no values; and those, by the ids of the real ones."""
+    params: dict[int, Tensor] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        mine = [p for p in group["params"] if p.requires_grad]
+        params |= {id(p): _without_values(p) for p in mine}
+        groups.append({**group, **_way(optimizer, group, mine), "params": [params[id(p)] for p in mine]})
+    replica = object.__new__(type(optimizer))
+    replica.__dict__.update(optimizer.__dict__)
+    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
+    replica.__dict__.update(hooks)
+    replica.__dict__.update(param_groups=groups, state=defaultdict(dict))
+    return replica, params
+
+
+def _without_values(param: Tensor) -> Tensor:
+    empty = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    return torch.nn.Parameter(empty)
+
+
+def _way(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """``foreach`` as torch chooses it for the real parameters' device, if the user leaves it open.
+
+    What is fused has no temporaries; its state is that of the plain loop, which takes any device.
+    """
+    if group.get("fused"):
+        return {"fused": False, "foreach": False}
+    if "foreach" not in group or group["foreach"] is not None:
+        return {}
+    on_gpu = bool(params) and all(p.device.type == "cuda" for p in params)
+    return {"foreach": on_gpu and not group.get("differentiable", False)}
+
+
+def _tensors(state: Mapping[Any, Any]) -> list[Tensor]:
+    return [x for x in tree_flatten(list(state.values()))[0] if isinstance(x, Tensor)]
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the storages of tensors that are made while it is on, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == "aten::_local_scalar_dense" and args[0].is_meta:
+            return 1.0 if args[0].is_floating_point() else 1
+        self._let_go()
+        known = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_flatten(result)[0]:
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
+                storage = made.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, sum(size for _, size in self._alive.values()))
+        return result
+
+    def _let_go(self) -> None:
+        for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
+            del self._alive[key]

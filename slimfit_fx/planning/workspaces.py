@@ -1,0 +1,195 @@
+"""Memory that an operator takes for itself while it runs, on a CPU: measured where that is cheap, bounded where not.
+
+Three ways, in this order:
+
+- the call itself is measured (call_memory.py), if its tensors take no more than ``_AFFORDABLE`` bytes;
+- a smaller call is measured, for operators whose temporaries do not grow with all their sizes (``_SMALLER``): oneDNN's
+  matrix products keep a block per thread, attention kernels one tile per thread, convolutions something per image;
+- a formula (``_FORMULAS``), if nothing can be measured because the user's own profiler is active.
+
+All of it is an upper bound: the two latter ways have a margin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+
+from slimfit_fx.planning.blocks import TensorSpec
+from slimfit_fx.planning.call_memory import CallMemory, can_measure, measure_call
+
+log = logging.getLogger("slimfit_fx.planning")
+
+_AFFORDABLE = 32 * 2**20
+_ROWS = 2048
+"""oneDNN's blocks stop growing before a dimension has this size."""
+_MARGIN = 1.05
+_NAMESPACES = ("aten", "prims", "mkldnn", "quantized", "slimfit_fx")
+"""Operators of others may have effects: they are never run to be measured."""
+_PLAIN = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+_HALF = (torch.bfloat16, torch.float16)
+_cache: dict[Any, CallMemory | None] = {}
+
+
+def call_memory(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallMemory | None:
+    """The measured memory of a call in full, or None: then its results are what they seem, beside a workspace.
+
+    Tensors are given as ``TensorSpec``. ``name`` is that of the operator, as in ``aten::mm``.
+    """
+    leaves = tree_flatten((args, kwargs))[0]
+    specs = [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
+    if not _runs_here(name, leaves) or sum(spec.nbytes for spec in specs) > _AFFORDABLE or not can_measure():
+        return None
+    if "out" in kwargs and _is_plain_product(name, specs):
+        return None
+    return _measured(name, func, args, kwargs)
+
+
+def workspace_bytes(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Upper bound of what a call too large to be measured holds beside its results. Tensors as ``TensorSpec``."""
+    leaves = tree_flatten((args, kwargs))[0]
+    if not _runs_here(name, leaves) or _is_plain_product(name, [x for x in leaves if isinstance(x, TensorSpec)]):
+        return 0
+    smaller = _SMALLER.get(name)
+    if smaller is not None and can_measure():
+        return int(_MARGIN * smaller(name, func, args, kwargs))
+    formula = _FORMULAS.get(name)
+    return formula(*args) if formula is not None else 0
+
+
+def _runs_here(name: str, leaves: Sequence[Any]) -> bool:
+    devices = [x.device if isinstance(x, TensorSpec) else x for x in leaves if isinstance(x, TensorSpec | torch.device)]
+    return name.split("::")[0] in _NAMESPACES and all(device.type == "cpu" for device in devices)
+
+
+def _is_plain_product(name: str, specs: Sequence[TensorSpec]) -> bool:
+    return name in _PLAIN and specs[-1].dtype not in _HALF
+
+
+def _measured(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory | None:
+    key = repr((name, torch.get_num_threads(), args, sorted(kwargs.items())))
+    if key not in _cache:
+        try:
+            _cache[key] = measure_call(func, args, kwargs)
+        except (RuntimeError, IndexError, ValueError, NotImplementedError):  # zeros are no legal input of it
+            log.debug("%s could not be measured", name, exc_info=True)
+            _cache[key] = None
+    return _cache[key]
+
+
+# ---- smaller calls
+
+
+def _of_blocks(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """A matrix product, no dimension longer than ``_ROWS``; the batch of a batched one no larger than the threads."""
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorSpec):
+            return leaf
+        batch = [min(size, torch.get_num_threads()) for size in leaf.shape[:-2]]
+        return _resized(leaf, [*batch, *(min(size, _ROWS) for size in leaf.shape[-2:])])
+
+    found = _measured(name, func, *tree_map(cut, (args, kwargs)))
+    return 0 if found is None else found.workspace_bytes
+
+
+def _of_tiles(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Attention (batch, heads, length, width): as many heads as threads, of one example."""
+    threads = torch.get_num_threads()
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorSpec) or len(leaf.shape) < 3:
+            return leaf
+        return _resized(leaf, [min(1, leaf.shape[0]), min(threads, leaf.shape[1]), *leaf.shape[2:]])
+
+    found = _measured(name, func, *tree_map(cut, (args, kwargs)))
+    return 0 if found is None else found.workspace_bytes
+
+
+def _of_images(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """A convolution of two smaller batches, and a straight line through them."""
+    images = [0] if name == "aten::convolution" else [0, 1]
+    batch = args[0].shape[0]
+    sizes = [min(batch, torch.get_num_threads() * times) for times in (1, 2)]
+    found = []
+    for size in sizes:
+        cut = [_resized(x, [size, *x.shape[1:]]) if i in images else x for i, x in enumerate(args)]
+        memory = _measured(name, func, tuple(cut), kwargs)
+        found.append(0 if memory is None else memory.workspace_bytes)
+    growth = (found[1] - found[0]) / max(1, sizes[1] - sizes[0])
+    return int(found[1] + max(0.0, growth) * (batch - sizes[1]))
+
+
+def _resized(spec: TensorSpec, shape: Sequence[int]) -> TensorSpec:
+    """Fewer elements in the same order of dimensions: dense, where ``spec`` is; broadcast where it is."""
+    order = sorted(range(len(shape)), key=lambda d: (spec.strides[d], -d))
+    strides, step = [0] * len(shape), 1
+    for dimension in order:
+        if spec.strides[dimension]:
+            strides[dimension] = step
+            step *= max(1, shape[dimension])
+    return dataclasses.replace(spec, shape=tuple(shape), strides=tuple(strides), room=0)
+
+
+# ---- formulas
+
+
+def _product_bytes(*args: Any) -> int:
+    """Copies of blocks of both operands and a block of results in fp32, per thread."""
+    left, right = [a for a in args if isinstance(a, TensorSpec)][-2:]
+    rows, inner, columns = (min(_ROWS, s) for s in (left.shape[-2], left.shape[-1], right.shape[-1]))
+    block = left.dtype.itemsize * (rows * inner + inner * columns) + 4 * rows * columns
+    return min(block, 2**21) * torch.get_num_threads()
+
+
+def _convolution_bytes(value: Any, weight: Any, *_: Any) -> int:
+    """The weights in another order, or the result in another order."""
+    return 2 * math.prod(weight.shape) * weight.dtype.itemsize + value.nbytes
+
+
+def _convolution_backward_bytes(gradient: Any, value: Any, weight: Any, *_: Any) -> int:
+    """Weights in blocks of 16 channels per thread, one image per thread, and the gradient in another order."""
+    threads = torch.get_num_threads()
+    channels = max(1, weight.shape[1])
+    blocked = 4 * -(-channels // 16) * 16 / channels * math.prod(weight.shape)
+    image = 4 * math.prod(value.shape[1:])
+    return int(blocked * (1 + threads) / 2 + image * threads + gradient.nbytes + 2 * weight.nbytes)
+
+
+def _attention_bytes(query: Any, key: Any, *_: Any, backward: bool = False) -> int:
+    """One tile of scores per thread (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp); one more in half precision."""
+    queries, head = query.shape[-2:]
+    queries_at_once = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
+    keys_at_once = min(key.shape[-2], 512)
+    scores = queries_at_once * keys_at_once
+    elements = 2 * scores + queries_at_once if backward else scores + queries_at_once * (2 + head)
+    half = query.dtype in _HALF
+    packed = 2 * scores + 4 * keys_at_once * (head + 32) + 4 * queries_at_once * head if half else 0
+    return (4 * elements + packed) * torch.get_num_threads() + (3 * packed if half and backward else 0)
+
+
+_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_SMALLER: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(_PLAIN, _of_blocks),
+    "mkldnn::_linear_pointwise": _of_blocks,
+    _ATTENTION: _of_tiles,
+    f"{_ATTENTION}_backward": _of_tiles,
+    "aten::convolution": _of_images,
+    "aten::convolution_backward": _of_images,
+}
+_FORMULAS: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(_PLAIN, _product_bytes),
+    "mkldnn::_linear_pointwise": _product_bytes,
+    _ATTENTION: _attention_bytes,
+    f"{_ATTENTION}_backward": lambda _, query, key, *rest: _attention_bytes(query, key, backward=True),
+    "aten::convolution": _convolution_bytes,
+    "aten::convolution_backward": _convolution_backward_bytes,
+}
