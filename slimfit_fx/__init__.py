@@ -9,16 +9,19 @@ from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.schedule import Scheduler, register_scheduler
 from slimfit_fx.session import Session
+from slimfit_fx.tradeoff import Front, front
 
 __all__ = [
     "Codec",
     "Config",
+    "Front",
     "LargestBatch",
     "MemoryBudgetError",
     "MemoryPlan",
     "Scheduler",
     "Session",
     "__version__",
+    "front",
     "max_batch",
     "optimize",
     "plan",

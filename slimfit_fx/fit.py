@@ -162,7 +162,7 @@ class SizedExample:
             TypeError: neither a mapping, a sequence nor a tensor.
             ValueError: no tensor has a first dimension, or several sizes are equally common.
         """
-        args, kwargs = _arguments(example)
+        args, kwargs = arguments_of_forward(example)
         found, structure = tree_flatten_with_path((args, kwargs))
         names = [_name_of(keystr(path)) for path, _ in found]
         leaves = tuple(leaf for _, leaf in found)
@@ -179,7 +179,12 @@ class SizedExample:
         return args, kwargs
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of_forward(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a forward that takes ``example``.
+
+    Raises:
+        TypeError: neither a mapping, a sequence nor a tensor.
+    """
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):

@@ -51,7 +51,7 @@ class Rehearsal:
             MemoryBudgetError: ``config`` has a budget, and nothing fits.
             ValueError: the model cannot be captured.
         """
-        scheduler = self._scheduler(config)
+        scheduler = self.scheduler(config)
         budget = make_budget(self.model, config, self.units, scheduler, list)
         graphs = self.graphs(config, args, kwargs, peak=peak or budget is not None, budget=budget)
         opened = open_count(config, scheduler, self.units)
@@ -61,7 +61,7 @@ class Rehearsal:
 
     def budget(self, config: Config) -> Budget:
         """What steps of the model may take under ``config``, which has a budget."""
-        found = make_budget(self.model, config, self.units, self._scheduler(config), list)
+        found = make_budget(self.model, config, self.units, self.scheduler(config), list)
         assert found is not None
         return found
 
@@ -83,15 +83,21 @@ class Rehearsal:
 
     def plain_timeline(self, args: Any, kwargs: Any) -> Timeline | str:
         """The memory of a step under plain torch.compile, or why it is not known."""
+        trace = self.plain_trace(args, kwargs)
+        if trace is None:
+            return "no graph that trains was captured"
+        everything = fixed_bytes(self.model, [], 0, optimizer_state=0, copies=False)
+        return read_timeline(trace, (), update_bytes=everything.update)
+
+    def plain_trace(self, args: Any, kwargs: Any) -> StepTrace | None:
+        """The memory events of a step under plain torch.compile; None if no graph that trains was captured."""
         traced: list[StepTrace] = []
         with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
             capture_only(real, lambda gm, inputs: _trace_plain(gm, inputs, traced), args, kwargs)
-        if not traced:
-            return "no graph that trains was captured"
-        everything = fixed_bytes(self.model, [], 0, optimizer_state=0, copies=False)
-        return read_timeline(traced[0], (), update_bytes=everything.update)
+        return traced[0] if traced else None
 
-    def _scheduler(self, config: Config) -> Scheduler:
+    def scheduler(self, config: Config) -> Scheduler:
+        """A scheduler as a session with ``config`` starts it."""
         scheduler = make_scheduler(config.scheduler)
         units = [UnitInfo(u.name, u.numel, u.bytes) for u in self.units]
         scheduler.start(units, freeze_rate=config.freeze_rate, seed=0)

@@ -18,7 +18,7 @@ from strategies import Spec, build, inputs, specs
 
 from bench.measure import Event as Measured
 from bench.measure import recorded_step
-from slimfit_fx.capture.backend import step_trace
+from slimfit_fx.capture.captured import step_trace
 from slimfit_fx.planning.peak import happens
 from slimfit_fx.session import Session, latest_graphs
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from slimfit_fx.graph.joint import hint
 from slimfit_fx.planning.peak import Event
+from slimfit_fx.planning.roofline import Work
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Meter:
     labels: dict[int, str] = field(default_factory=dict)
     branch: int | None = None
     """The gate inside whose branch the code runs now."""
+    work: list[Work] = field(default_factory=list)
+    """What was computed, were it computed."""
 
     def allocate(self, nbytes: int, label: str, owners: frozenset[int] = frozenset()) -> Block:
         """A new block of ``nbytes``; it is given back when nobody refers to it any more."""
@@ -76,6 +79,13 @@ class Meter:
         """The block is given back now if ``gate`` is closed, and as ever if it is open."""
         self.events.append(Event(-block.size, block.number, unless=gate))
         block.owners = frozenset([gate])
+
+    def note_work(self, flops: float, tensors: Iterable[TensorSpec]) -> None:
+        """A kernel that does so many operations and reads or writes these tensors."""
+        specs = list(tensors)
+        dtype = next((str(s.dtype).removeprefix("torch.") for s in specs if s.dtype.is_floating_point), "float32")
+        nbytes = sum(storage_bytes(s.shape, s.strides, s.dtype.itemsize) for s in specs)
+        self.work.append(Work(flops, nbytes, dtype, self.branch))
 
     def _note(self, block: Block, delta: int) -> None:
         if block.size:

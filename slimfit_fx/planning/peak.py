@@ -11,10 +11,13 @@ What happens inside a branch counts only for patterns that take the branch.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from slimfit_fx.planning.roofline import Work
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class StepTrace:
     boundary: int
     labels: Mapping[int, str]
     num_gates: int
+    work: tuple[Work, ...] = ()
+    """What the kernels do, in order; for an expectation of the time only."""
 
     def peak(self, open_gates: Collection[int]) -> StepPeak:
         """The step with exactly these gates open."""
@@ -132,6 +137,7 @@ class StepTrace:
             "boundary": self.boundary,
             "labels": {str(block): label for block, label in self.labels.items()},
             "num_gates": self.num_gates,
+            "work": [[w.flops, w.nbytes, w.dtype, w.gate] for w in self.work],
         }
 
     @classmethod
@@ -139,7 +145,8 @@ class StepTrace:
         """The inverse of :meth:`to_dict`."""
         events = tuple(Event(d, b, frozenset(o), *rest) for d, b, o, *rest in data["events"])
         labels = {int(block): label for block, label in data["labels"].items()}
-        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]))
+        work = tuple(Work(*entry) for entry in data.get("work", ()))
+        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work)
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,12 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
         backward.append(moved[trace.boundary :])
     late = [event for events in reversed(backward) for event in events]
     total = 1 + max((g for numbers in gates for g in numbers), default=-1)
-    return StepTrace(tuple(forward + late), len(forward), labels, total)
+    work = tuple(
+        dataclasses.replace(w, gate=None if w.gate is None else numbers[w.gate])
+        for trace, numbers in zip(traces, gates, strict=True)
+        for w in trace.work
+    )
+    return StepTrace(tuple(forward + late), len(forward), labels, total, work)
 
 
 def _moved(event: Event, offset: int, numbers: Sequence[int]) -> Event:

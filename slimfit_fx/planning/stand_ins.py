@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from slimfit_fx.planning.blocks import Block, Meter, TensorSpec, storage_bytes
 from slimfit_fx.planning.call_memory import CallMemory, Result
+from slimfit_fx.planning.roofline import operator_flops
 from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
 
 
@@ -134,6 +135,7 @@ class DryRun:
         if name == "slimfit_fx::stash":
             return self._stash(*args)
         described = tree_map(_spec_of, (args, kwargs))
+        self._note_work(name, func, described)
         memory = call_memory(name, func, *described)
         if memory is not None:
             return self._replay(memory, func, args, kwargs)
@@ -142,6 +144,15 @@ class DryRun:
         if nbytes:
             self.meter.allocate(nbytes, name)
         return made
+
+    def _note_work(self, name: str, func: Any, described: tuple[Any, Any]) -> None:
+        specs = [leaf for leaf in tree_flatten(described)[0] if isinstance(leaf, TensorSpec)]
+        if not specs or _does_no_work(func):
+            return
+        shapes = tree_map(lambda leaf: leaf.shape if isinstance(leaf, TensorSpec) else leaf, described[0])
+        out = described[1].get("out")
+        result = out.shape if isinstance(out, TensorSpec) else None
+        self.meter.note_work(operator_flops(name, func, shapes, result), specs)
 
     def _replay(self, memory: CallMemory, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and give back the blocks of a measured call, and hand its results the blocks that are theirs."""
@@ -194,6 +205,13 @@ class DryRun:
                 fakes = tree_map(_as_fake, (args, kwargs))
                 self._known[key] = func(*fakes[0], **fakes[1])
         return self._known[key]
+
+
+def _does_no_work(func: Any) -> bool:
+    """Views, and gradients of closed units: nothing is read or written."""
+    schema = getattr(func, "_schema", None)
+    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns) and not schema.is_mutable
+    return aliases or "ghost" in str(func)
 
 
 def _label(spec: TensorSpec) -> str:

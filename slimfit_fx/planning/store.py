@@ -32,31 +32,32 @@ def plan_key(graph: fx.Graph, inputs: Sequence[Any], partitioner_id: str) -> str
 
 def save_plan(key: str, plan: GraphPlan) -> None:
     """Keep ``plan`` under ``key``; a folder that cannot be written is no error."""
-    _save(_path(key), plan.to_dict())
+    save_json(kept_path(key), plan.to_dict())
 
 
 def load_plan(key: str) -> GraphPlan | None:
     """Return the plan kept under ``key``, or None."""
     try:
-        return GraphPlan.from_dict(json.loads(_path(key).read_text()))
+        return GraphPlan.from_dict(json.loads(kept_path(key).read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def save_trace(key: str, trace: StepTrace) -> None:
     """Keep the memory events of a compiled graph under ``key``; a folder that cannot be written is no error."""
-    _save(_path(f"{key}-trace"), trace.to_dict())
+    save_json(kept_path(f"{key}-trace"), trace.to_dict())
 
 
 def load_trace(key: str) -> StepTrace | None:
     """Return the memory events kept under ``key``, or None."""
     try:
-        return StepTrace.from_dict(json.loads(_path(f"{key}-trace").read_text()))
+        return StepTrace.from_dict(json.loads(kept_path(f"{key}-trace").read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _save(path: pathlib.Path, data: Any) -> None:
+def save_json(path: pathlib.Path, data: Any) -> None:
+    """Keep ``data`` as JSON; a folder that cannot be written is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -66,7 +67,8 @@ def _save(path: pathlib.Path, data: Any) -> None:
         log.debug("%s was not kept", path.name, exc_info=True)
 
 
-def _path(name: str) -> pathlib.Path:
+def kept_path(name: str) -> pathlib.Path:
+    """Where something of this name is kept."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return pathlib.Path(cache_dir()) / "slimfit_fx" / f"{name}.json"
