@@ -96,10 +96,11 @@ def front(
     Args:
         model: as for ``optimize``; may be on the meta device.
         example: what the model's forward takes: a mapping of keyword arguments, a sequence of arguments, or one tensor.
-        config: settings of ``optimize`` in one object, or as keywords in ``settings``.
+        config: settings of ``optimize`` in one object.
         presets: which presets are tried.
         shares: settings of ``activation_memory_budget`` that are tried.
         say: called with the name of each point before it is planned.
+        settings: settings of ``optimize`` as keywords.
 
     Raises:
         ValueError: bad settings, or a model that cannot be captured.
