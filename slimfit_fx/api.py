@@ -62,9 +62,15 @@ def session(model: nn.Module) -> Session:
     Raises:
         ValueError: the model was not optimized.
     """
-    if not isinstance(model, nn.Module) or model not in _SESSIONS:
+    found = find_session(model)
+    if found is None:
         raise ValueError(f"this {type(model).__name__} was not optimized: call slimfit_fx.optimize(model) first")
-    return _SESSIONS[model]
+    return found
+
+
+def find_session(model: nn.Module) -> Session | None:
+    """The session of an optimized model; None for any other."""
+    return _SESSIONS.get(model) if isinstance(model, nn.Module) else None
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -216,15 +222,12 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     evaluated: Callable[..., Any] = torch.compile(traceable) if current.config.compile_eval else model._call_impl
     training = compiled
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def train(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
-        if torch.compiler.is_compiling():
-            return model._call_impl(*args, **kwargs)
-        if not (model.training and torch.is_grad_enabled()):
-            return evaluated(*args, **kwargs)
         current.before_forward()
         try:
-            result = training(*args, **kwargs)
+            with current.one_graph():
+                result = training(*args, **kwargs)
             _warn_if_nothing_captured(current)
             return result
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -233,12 +236,18 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
                 raise over from None
             if current.config.strict or training is not compiled:
                 raise
-            warnings.warn(
-                f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            training = model._call_impl
-            return training(*args, **kwargs)
+            reason = f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}"
+        result = model._call_impl(*args, **kwargs)  # an error of the user's own is raised here, and settles nothing
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
+        training = model._call_impl
+        return result
+
+    by_itself = torch.compiler.disable(train, reason="slimfit_fx compiles this model itself")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        trains = model.training and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():  # somebody compiles a function around the model: break the graph here
+            return by_itself(*args, **kwargs) if trains else model._call_impl(*args, **kwargs)
+        return train(*args, **kwargs) if trains else evaluated(*args, **kwargs)
 
     return call

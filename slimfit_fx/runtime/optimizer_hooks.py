@@ -55,6 +55,10 @@ class OptimizerHooks:
         if listener is not None and self._held(optimizer):
             listener.after_step()
 
+    def watch(self, param_ids: frozenset[int]) -> None:
+        """Listen to optimizers of these parameters from now on: the model's were replaced."""
+        self._param_ids = param_ids
+
     def remove(self) -> None:
         """Stop listening."""
         for handle in self._handles:

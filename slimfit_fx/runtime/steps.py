@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.config import Config
+from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
-from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler, update_distance
+from slimfit_fx.runtime.grad_gate import drop_eager_gradients
+from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
+from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts, make_scheduler
 from slimfit_fx.units import GateUnit
 
 
@@ -40,18 +43,47 @@ class StepTracker:
         self._stepped = False
         self._manual = False
         self._dirty = True
+        self._unchecked = True
+        self.peers: Peers | None = None
+        """The other ranks, once they are known."""
+        self._bindings = Bindings(model, units, self.gates)
+        self._hooks = drop_eager_gradients(self.gates)
 
     # -- called by the engine ------------------------------------------------------------------------------------------
     def before_forward(self) -> None:
         """Flip the gates if an optimizer step was done (or a pin was set) since the last forward."""
+        distances: dict[str, float] = {}
         if self._stepped:
-            self.scheduler.observe(self._queue.take())
+            distances = self._queue.take()
+            self.scheduler.observe(distances)
             self._stepped, self._dirty = False, True
         if self._dirty:
             self.gates.set_open(self.scheduler.select() - self._pinned, self.steps)
             self._dirty = False
+            self._compare(distances)
             if self._manual:
                 self._remember(self.gates.open)
+
+    def _compare(self, distances: dict[str, float]) -> None:
+        """Hold this decision against that of the other ranks, now and then."""
+        if self.peers is not None and (self._unchecked or self.steps % CHECK_EVERY == 0):
+            self._unchecked = False
+            self.peers.check(self.steps, self.gates.names, self.gates.open, distances)
+
+    def refresh(self) -> bool:
+        """Take up parameters that were replaced since the last forward; True if there are any."""
+        if not self._bindings.refresh():
+            return False
+        self._before = {}
+        self.close()
+        self._hooks = drop_eager_gradients(self.gates)
+        return True
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def before_step(self, params: frozenset[int]) -> None:
         """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""
@@ -70,19 +102,24 @@ class StepTracker:
             self.steps += 1
         self._stepped = True
         if self._before:
-            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()})
+            agree = None if self.peers is None else self.peers.agree
+            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()}, agree)
         self._before = {}
 
     def _remember(self, names: Iterable[str]) -> None:
-        self._before = {n: tuple(p.detach().clone() for p in self.gates.params_of(n)) for n in names}
+        wanted = set(names)  # in model order: ranks exchange distances by position
+        self._before = {
+            n: tuple(_local(p).clone() for p in self.gates.params_of(n)) for n in self.gates.names if n in wanted
+        }
 
     def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
-        metric: Any = self.config.distance
-        distances = [
-            update_distance(b, p.detach(), metric=metric)
-            for b, p in zip(before, self.gates.params_of(name), strict=True)
-        ]
+        distances = [self._distance(b, p) for b, p in zip(before, self.gates.params_of(name), strict=True)]
         return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
+
+    def _distance(self, before: Tensor, param: nn.Parameter) -> Tensor:
+        metric: Any = self.config.distance
+        parts = distance_parts(before, _local(param), metric=metric)
+        return combine_parts(sum_over_shards(parts, param) if is_sharded(param) else parts, metric=metric)
 
     # -- called by the user --------------------------------------------------------------------------------------------
     def step(self) -> None:
@@ -155,3 +192,9 @@ class StepTracker:
         self._queue.load(state["pending"])
         self._before = {}
         self.gates.set_open(state["open"], self.steps)
+
+
+def _local(param: Any) -> Tensor:
+    """The part of a parameter that is on this rank: all of it, unless it is sharded."""
+    tensor: Tensor = param.detach()
+    return tensor.to_local() if is_sharded(param) else tensor  # type: ignore[attr-defined]

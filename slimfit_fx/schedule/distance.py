@@ -36,12 +36,27 @@ def update_distance(before: Tensor, after: Tensor, *, metric: DistanceMetric = "
     Raises:
         ValueError: unknown metric, or shapes that differ.
     """
+    return combine_parts(distance_parts(before, after, metric=metric), metric=metric)
+
+
+@torch.no_grad()
+def distance_parts(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+    """Return the three sums that the distance is made of: those of the shards of a tensor add up to its own.
+
+    A tensor of shape (3,), float32 or float64; see ``update_distance``.
+    """
     if metric not in DISTANCES:
         raise ValueError(unknown("metric", metric, DISTANCES))
     if before.shape != after.shape:
         raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     measure = _mean_parts if metric == "relative_mean" else _norm_parts
-    total, base, moved = torch.stack([measure(b, a) for b, a in _chunks(before, after)]).sum(0).unbind()
+    return torch.stack([measure(b, a) for b, a in _chunks(before, after)]).sum(0)
+
+
+@torch.no_grad()
+def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+    """Return the distance (0-dim, float32) that these sums of ``distance_parts`` amount to."""
+    total, base, moved = parts.unbind()
     if metric == "relative_norm":
         total, base = total.sqrt(), base.sqrt()
     unmeasured = torch.where(moved > 0, torch.inf, 0.0)

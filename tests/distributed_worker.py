@@ -1,0 +1,226 @@
+"""Run by test_distributed.py under torchrun: ``distributed_worker.py FOLDER SCENARIO...``; gloo, any number of ranks.
+
+Each scenario returns plain values; rank r writes ``{scenario: result}`` to FOLDER/rank<r>.pt.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from reference import optimized
+from small_models import Block, Tiny, optimizer_state, same_state, tokens
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import slimfit_fx
+from slimfit_fx.integrations import ScheduleState
+
+STEPS, BATCH, WIDTH = 50, 8, 64
+EXACT = {"preset": "exact", "scheduler": "random", "freeze_rate": 0.6}
+
+
+class Wide(nn.Module):
+    """Matrices make up nearly all of it, as in a real model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(31, WIDTH)
+        self.blocks = nn.ModuleList(Block(WIDTH, 4, 0.0) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 5)
+        self.train()
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return cross_entropy(self.head(x.mean(1)), labels)
+
+
+def share(number: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of global batch ``number``."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data, labels = tokens(number, batch)
+    return data.chunk(world)[rank], labels.chunk(world)[rank]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def one_step(net: Any, optimizer: torch.optim.Optimizer, number: int, batch: int = BATCH) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = net(*share(number, batch))
+    loss.backward()
+    optimizer.step()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def history(session: Any) -> list[list[str]]:
+    return [sorted(opened) for _, opened in session.gates.history]
+
+
+# ---- DDP
+
+
+def ddp_curve() -> dict[str, Any]:
+    """Fifty steps; nothing that is closed moves in any of them."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net = DDP(model)
+    optimizer = adamw(model)
+    losses, moved = [], []
+    for number in range(STEPS):
+        before, state = weights(model), {n: optimizer_state(optimizer, p) for n, p in model.named_parameters()}
+        losses.append(one_step(net, optimizer, number).item())
+        moved += [
+            name
+            for name in session.gates.closed
+            if not torch.equal(before[name], model.get_parameter(name))
+            or not same_state(state[name], optimizer_state(optimizer, model.get_parameter(name)))
+        ]
+    return {
+        "losses": losses,
+        "moved": moved,
+        "history": history(session),
+        "weights": weights(model),
+        "compiles": session.compiles,
+        "gated": all(unit.gated for unit in session.plan.units),
+    }
+
+
+def ddp_ils() -> dict[str, Any]:
+    """ILS decides from distances; rank 1 measures badly, and must be overruled by rank 0."""
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+    net, optimizer = DDP(model), adamw(model)
+    measured = session._tracker._distance
+    wrong = 1.0 + 0.5 * dist.get_rank()
+    session._tracker._distance = lambda before, param: measured(before, param) * wrong  # type: ignore[method-assign]
+    torch.manual_seed(dist.get_rank())
+    for number in range(12):
+        one_step(net, optimizer, number)
+    return {"history": history(session), "weights": weights(model), "distances": session.scheduler.distances}
+
+
+def ddp_traffic() -> dict[str, Any]:
+    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
+    net, optimizer = DDP(model, gradient_as_bucket_view=True), adamw(model)
+    norms = []
+    for number in range(10):
+        optimizer.zero_grad()
+        net(*share(number)).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+    return {"sent": session.traffic.bytes_sent, "full": session.traffic.bytes_full, "norms": norms}
+
+
+def ddp_gradients() -> dict[str, Any]:
+    """Accumulation under no_sync, against the same steps with the closed gradients dropped by hand."""
+    found = {}
+    for ours in (True, False):
+        model = Tiny(depth=1, dropout=0.0)
+        if ours:
+            model, session = optimized(model, **EXACT)
+        net = DDP(model, find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for number in range(4):
+            optimizer.zero_grad()
+            with net.no_sync():
+                net(*share(2 * number)).backward()
+            net(*share(2 * number + 1)).backward()
+            if not ours:
+                for name in set(session.gates.names) - set(session.gates.history[number][1]):
+                    model.get_parameter(name).grad = None
+            optimizer.step()
+        found[ours] = weights(model)
+    return {"worst": max((found[True][n] - found[False][n]).abs().max().item() for n in found[True])}
+
+
+def ddp_then_optimize() -> dict[str, Any]:
+    """The other order: DDP first. Wrapped is refused, with the right way named; the inner module works."""
+    model = Tiny(depth=1, dropout=0.0)
+    net = DDP(model)
+    try:
+        slimfit_fx.optimize(net)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    optimized(net.module, **EXACT)
+    session = slimfit_fx.session(model)
+    optimizer = adamw(model)
+    losses = [one_step(net, optimizer, number).item() for number in range(5)]
+    return {"refused": refused, "losses": losses, "history": history(session), "sent": session.traffic.bytes_sent}
+
+
+def ddp_own_hook() -> dict[str, Any]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net, optimizer = DDP(model), adamw(model)
+    net.register_comm_hook(None, allreduce_hook)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        losses = [one_step(net, optimizer, number).item() for number in range(5)]
+    return {"said": [str(w.message) for w in said], "losses": losses}
+
+
+def ddp_disagree() -> dict[str, Any]:
+    model, _ = optimized(Tiny(depth=1), scheduler="random", freeze_rate=0.6, seed=dist.get_rank())
+    try:
+        DDP(model)(*share(0))
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+# ---- checkpoints
+
+
+def checkpoint(folder: pathlib.Path, *, resume: bool) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
+    net, optimizer = DDP(model), adamw(model)
+    if not resume:
+        for number in range(6):
+            one_step(net, optimizer, number)
+        mine, optimizers = get_state_dict(net, optimizer)
+        dcp.save({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
+    else:
+        mine, optimizers = get_state_dict(net, optimizer)
+        dcp.load({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
+        set_state_dict(net, optimizer, model_state_dict=mine, optim_state_dict=optimizers)
+    losses = [one_step(net, optimizer, number).item() for number in range(6, 12)]
+    return {"losses": losses, "history": history(session)[-6:], "steps": session.steps}
+
+
+def main(folder: pathlib.Path, names: list[str]) -> None:
+    dist.init_process_group("gloo")
+    found = {}
+    for name in names:
+        torch._dynamo.reset()
+        action: Callable[[], Any] = globals().get(name) or (
+            lambda name=name: checkpoint(folder / "checkpoint", resume=name == "resume")
+        )
+        found[name] = action()
+        dist.barrier()
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])
