@@ -16,8 +16,9 @@ import torch.distributed as dist
 from reference import optimized
 from small_models import Block, Tiny, optimizer_state, same_state, tokens
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import slimfit_fx
 from slimfit_fx.integrations import ScheduleState
@@ -79,7 +80,7 @@ def history(session: Any) -> list[list[str]]:
 def ddp_curve() -> dict[str, Any]:
     """Fifty steps; nothing that is closed moves in any of them."""
     model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
-    net = DDP(model)
+    net = DistributedDataParallel(model)
     optimizer = adamw(model)
     losses, moved = [], []
     for number in range(STEPS):
@@ -104,7 +105,7 @@ def ddp_curve() -> dict[str, Any]:
 def ddp_ils() -> dict[str, Any]:
     """ILS decides from distances; rank 1 measures badly, and must be overruled by rank 0."""
     model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
-    net, optimizer = DDP(model), adamw(model)
+    net, optimizer = DistributedDataParallel(model), adamw(model)
     measured = session._tracker._distance
     wrong = 1.0 + 0.5 * dist.get_rank()
     session._tracker._distance = lambda before, param: measured(before, param) * wrong  # type: ignore[method-assign]
@@ -116,7 +117,7 @@ def ddp_ils() -> dict[str, Any]:
 
 def ddp_traffic() -> dict[str, Any]:
     model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
-    net, optimizer = DDP(model, gradient_as_bucket_view=True), adamw(model)
+    net, optimizer = DistributedDataParallel(model, gradient_as_bucket_view=True), adamw(model)
     norms = []
     for number in range(10):
         optimizer.zero_grad()
@@ -133,7 +134,7 @@ def ddp_gradients() -> dict[str, Any]:
         model = Tiny(depth=1, dropout=0.0)
         if ours:
             model, session = optimized(model, **EXACT)
-        net = DDP(model, find_unused_parameters=True)
+        net = DistributedDataParallel(model, find_unused_parameters=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         for number in range(4):
             optimizer.zero_grad()
@@ -151,7 +152,7 @@ def ddp_gradients() -> dict[str, Any]:
 def ddp_then_optimize() -> dict[str, Any]:
     """The other order: DDP first. Wrapped is refused, with the right way named; the inner module works."""
     model = Tiny(depth=1, dropout=0.0)
-    net = DDP(model)
+    net = DistributedDataParallel(model)
     try:
         slimfit_fx.optimize(net)
         refused = ""
@@ -168,7 +169,7 @@ def ddp_own_hook() -> dict[str, Any]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
-    net, optimizer = DDP(model), adamw(model)
+    net, optimizer = DistributedDataParallel(model), adamw(model)
     net.register_comm_hook(None, allreduce_hook)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -179,21 +180,107 @@ def ddp_own_hook() -> dict[str, Any]:
 def ddp_disagree() -> dict[str, Any]:
     model, _ = optimized(Tiny(depth=1), scheduler="random", freeze_rate=0.6, seed=dist.get_rank())
     try:
-        DDP(model)(*share(0))
+        DistributedDataParallel(model)(*share(0))
     except RuntimeError as error:
         return {"error": str(error)}
     return {"error": ""}
 
 
+# ---- FSDP2
+
+
+def shard(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def full(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().full_tensor().clone() for n, p in model.named_parameters()}
+
+
+def fsdp_curve() -> dict[str, Any]:
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    shard(model)
+    optimizer = adamw(model)
+    losses, moved, gradients = [], [], []
+    for number in range(STEPS):
+        before = full(model)
+        optimizer.zero_grad()
+        loss = model(*share(number))
+        loss.backward()
+        gradients += [n for n in session.gates.closed if model.get_parameter(n).grad is not None]
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / dist.get_world_size())
+        after = full(model)
+        moved += [n for n in session.gates.closed if not torch.equal(before[n], after[n])]
+    return {
+        "losses": losses,
+        "moved": moved,
+        "gradients": gradients,
+        "history": history(session),
+        "weights": full(model),
+        "steps": session.steps,
+        "gated": {unit.name for unit in session.plan.units if unit.gated},
+        "compiles": (session.compiles, session.recompiles),
+    }
+
+
+def fsdp_distances() -> dict[str, Any]:
+    """ILS under both wrappers, from equal weights: the distances are of whole units."""
+    found = {}
+    for wrap in (shard, DistributedDataParallel):
+        model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
+        net, optimizer = wrap(model), adamw(model)
+        for number in range(4):
+            one_step(net, optimizer, number)
+        session.before_forward()
+        found[wrap.__name__] = {"distances": session.scheduler.distances, "history": history(session)}
+    return found
+
+
+def fsdp_traffic() -> dict[str, Any]:
+    """Bytes that FSDP2 hands to its reduce-scatter, against those of all gradients."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    sent, reduce = 0, group.foreach_reduce
+
+    def counted(params: Any, gradients: Any, *args: Any) -> Any:
+        nonlocal sent
+        sent += sum(g.numel() * g.element_size() for g in gradients)
+        return reduce(params, gradients, *args)
+
+    group.foreach_reduce = counted
+    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    shard(model)
+    optimizer = adamw(model)
+    for number in range(10):
+        one_step(model, optimizer, number)
+    group.foreach_reduce = reduce
+    return {"sent": sent, "full": 10 * every, "steps": session.steps}
+
+
+def shard_then_optimize() -> dict[str, Any]:
+    model = shard(Tiny(depth=1, dropout=0.0))
+    _, session = optimized(model, **EXACT)
+    optimizer = adamw(model)
+    losses = [one_step(model, optimizer, number).item() for number in range(5)]
+    return {"losses": losses, "history": history(session), "steps": session.steps}
+
+
 # ---- checkpoints
 
 
-def checkpoint(folder: pathlib.Path, *, resume: bool) -> dict[str, Any]:
+def checkpoint(folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume: bool) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
-    net, optimizer = DDP(model), adamw(model)
+    net = wrap(model)
+    optimizer = adamw(model)
     if not resume:
         for number in range(6):
             one_step(net, optimizer, number)
@@ -207,15 +294,19 @@ def checkpoint(folder: pathlib.Path, *, resume: bool) -> dict[str, Any]:
     return {"losses": losses, "history": history(session)[-6:], "steps": session.steps}
 
 
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {"ddp": DistributedDataParallel, "fsdp": shard}
+
+
 def main(folder: pathlib.Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     found = {}
     for name in names:
         torch._dynamo.reset()
-        action: Callable[[], Any] = globals().get(name) or (
-            lambda name=name: checkpoint(folder / "checkpoint", resume=name == "resume")
-        )
-        found[name] = action()
+        kind, _, what = name.partition("_")
+        if what in ("save", "resume"):
+            found[name] = checkpoint(folder / f"{kind}-checkpoint", WRAPPERS[kind], resume=what == "resume")
+        else:
+            found[name] = globals()[name]()
         dist.barrier()
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

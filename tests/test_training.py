@@ -341,6 +341,56 @@ def test_a_closure_works():
     assert losses[-1] < losses[0] and session.steps == 8
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_forward_and_backward_in_a_closure_are_the_same_training(kind):
+    """As Lightning does it: gates flip and gradients appear inside of ``optimizer.step``."""
+
+    def run(inside: bool):
+        model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        torch.manual_seed(3)
+        for number in range(12):
+
+            def closure(number=number, model=model, optimizer=optimizer, session=session):
+                optimizer.zero_grad()
+                loss = model(*tokens(number))
+                loss.backward()
+                for name in session.gates.closed:  # what DistributedDataParallel leaves behind
+                    param = model.get_parameter(name)
+                    param.grad = torch.zeros_like(param)
+                return loss
+
+            if inside:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        return model, session
+
+    (model, session), (other, expected) = run(True), run(False)
+    assert session.state_dict() == expected.state_dict()
+    assert any(d < 2**20 for d in session.scheduler.distances.values())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_an_optimizer_that_calls_its_closure_often():
+    model, session = optimized(Tiny(depth=1, dropout=0.0), freeze_rate=0.5)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(*tokens())
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        optimizer.step(closure)
+        moved = {name for name, param in model.named_parameters() if not torch.equal(before[name], param)}
+        assert not moved & session.gates.closed and moved & session.gates.open
+    assert session.steps == 4 and session.compiles == 1
+
+
 def test_an_exotic_optimizer_says_when_it_stepped():
     model, session = optimized(Tiny(), freeze_rate=0.5)
     for number in range(5):

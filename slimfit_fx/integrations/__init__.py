@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimfit_fx.integrations.checkpoint import ScheduleState
     from slimfit_fx.integrations.hf_trainer import SlimFitCallback
+    from slimfit_fx.integrations.lightning import SlimFitLightning
 
-__all__ = ["ScheduleState", "SlimFitCallback"]
+__all__ = ["ScheduleState", "SlimFitCallback", "SlimFitLightning"]
 
-_HOMES = {"ScheduleState": ("checkpoint", ""), "SlimFitCallback": ("hf_trainer", "hf")}
+_HOMES = {
+    "ScheduleState": ("checkpoint", ""),
+    "SlimFitCallback": ("hf_trainer", "hf"),
+    "SlimFitLightning": ("lightning", "lightning"),
+}
 """Public name -> (module, extra that installs what it needs)."""
 
 

@@ -12,7 +12,9 @@ from slimfit_fx.api import session
 
 
 class ScheduleState:
-    """What ``dcp.save`` and ``dcp.load`` take for the schedule of an optimized model::
+    """What ``dcp.save`` and ``dcp.load`` take for the schedule of an optimized model.
+
+    For example::
 
         dcp.save({"model": ..., "optimizer": ..., "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
 

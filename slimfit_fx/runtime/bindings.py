@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.runtime.grad_gate import drop_eager_gradients
 from slimfit_fx.units import GateUnit
 
 
@@ -29,8 +31,11 @@ class Bindings:
 
     def __init__(self, model: nn.Module, units: Sequence[GateUnit], gates: GateTable) -> None:
         self._gates = gates
+        self._hooks: dict[int, RemovableHandle] = {}
         self._places = {unit.name: _place(model, unit.name) for unit in units}
         gates.look_again = weakref.WeakMethod(self.refresh)
+        for name in gates.names:
+            self._hook(name, *gates.params_of(name))
 
     def refresh(self) -> bool:
         """Take up parameters that were replaced; True if an optimizer must hold others than before."""
@@ -41,10 +46,29 @@ class Bindings:
                 continue
             if is_sharded(known) and not is_sharded(now):
                 self._gates.add_alias(name, now)  # gathered for a forward; the optimizer holds the shard
+                self._hook(name, now)
                 continue
+            self._unhook(known)
             self._gates.rebind(name, [now])
+            self._hook(name, now)
             replaced = True
         return replaced
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    def _hook(self, name: str, *params: nn.Parameter) -> None:
+        for param in params:
+            if param.requires_grad and id(param) not in self._hooks:
+                self._hooks[id(param)] = drop_eager_gradients(self._gates, name, param)
+
+    def _unhook(self, param: nn.Parameter) -> None:
+        handle = self._hooks.pop(id(param), None)
+        if handle is not None:
+            handle.remove()
 
     def _current(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, (module, attribute) in self._places.items():

@@ -30,7 +30,7 @@ class GateTable:
         self._decided: set[str] = set()
         self._aliases: dict[int, nn.Parameter] = {}
         self.look_again: Callable[[], Callable[[], object] | None] = lambda: None
-        """What this gives is called when somebody asks for a parameter that is not known; it may call ``rebind`` or ``add_alias``."""
+        """What this gives is called when somebody asks for a parameter that is not known; it may ``rebind``."""
 
     @property
     def open(self) -> frozenset[str]:

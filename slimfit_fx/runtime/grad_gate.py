@@ -44,21 +44,13 @@ def gate_gradients(gates: GateTable, params: list[Tensor], is_open: list[bool]) 
     return list(GradGate.apply(gates, tuple(is_open), *params))
 
 
-def drop_eager_gradients(gates: GateTable) -> list[RemovableHandle]:
-    """Drop gradients of closed units that came past every graph, from now on. Returns the hooks' handles."""
+def drop_eager_gradients(gates: GateTable, name: str, param: Tensor) -> RemovableHandle:
+    """Drop gradients of ``param``, of unit ``name``, that come past every graph while the unit is closed."""
     table = weakref.ref(gates)
 
-    def dropper(name: str) -> Any:
-        def drop(param: Tensor) -> None:
-            gates = table()
-            if gates is not None and not gates.is_open(name) and not gates.take_decided(name):
-                param.grad = None
+    def drop(param: Tensor) -> None:
+        gates = table()
+        if gates is not None and not gates.is_open(name) and not gates.take_decided(name):
+            param.grad = None
 
-        return drop
-
-    return [
-        param.register_post_accumulate_grad_hook(dropper(name))
-        for name in gates.names
-        for param in gates.params_of(name)
-        if param.requires_grad
-    ]
+    return param.register_post_accumulate_grad_hook(drop)

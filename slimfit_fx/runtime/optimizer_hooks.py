@@ -7,6 +7,7 @@ step calls no hook).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from torch.optim import Optimizer
@@ -16,8 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 class StepListener(Protocol):
     """Who is told of optimizer steps."""
 
+    def begin_step(self) -> None:
+        """Called when an optimizer's step begins."""
+
     def before_step(self, params: frozenset[int]) -> None:
-        """Called before an optimizer reads the gradients of the parameters with these ids."""
+        """Called before an optimizer reads the gradients of the parameters with these ids.
+
+        More than once in a step whose closure is called more than once.
+        """
 
     def after_step(self) -> None:
         """Called after its step."""
@@ -44,11 +51,28 @@ class OptimizerHooks:
     def _held(self, optimizer: Optimizer) -> frozenset[int]:
         return frozenset(id(p) for group in optimizer.param_groups for p in group["params"]) & self._param_ids
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         listener, held = self._listener(), self._held(optimizer)
-        if listener is not None and held:
-            self.optimizers.add(optimizer)
+        if listener is None or not held:
+            return None
+        self.optimizers.add(optimizer)
+        listener.begin_step()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
             listener.before_step(held)
+            return None
+        told = self._told(closure, held)  # forward and backward are in it: gradients are there when it returns
+        return ((args[0], told, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": told})
+
+    def _told(self, closure: Callable[[], Any], held: frozenset[int]) -> Callable[[], Any]:
+        def call() -> Any:
+            result = closure()
+            listener = self._listener()
+            if listener is not None:
+                listener.before_step(held)
+            return result
+
+        return call
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._listener()

@@ -60,15 +60,14 @@ def is_distributed() -> bool:
 
 def find_peers(model: nn.Module) -> Peers | None:
     """The processes that train ``model`` with this one; None if it trains alone. To be called in a forward of it."""
-    first = next(model.parameters())
     wrapper = active_wrapper(model)
     if wrapper is not None:
-        return Peers(wrapper.process_group, first.device)
-    if is_sharded(first):
-        mesh: Any = first.device_mesh  # type: ignore[attr-defined]
-        group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-        return Peers(group, first.device, sharded=True)
-    return None
+        return Peers(wrapper.process_group, next(model.parameters()).device)
+    shard: Any = next((param for param in model.parameters() if is_sharded(param)), None)
+    if shard is None:
+        return None
+    mesh = shard.device_mesh
+    return Peers(mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD, shard.device, sharded=True)
 
 
 def active_wrapper(model: nn.Module) -> DistributedDataParallel | None:
@@ -101,12 +100,15 @@ def _difference(names: Sequence[str], states: Sequence[tuple[int, list[str], dic
         for name in names:
             if (name in opened) != (name in other_opened):
                 here, there = ("open", "closed") if name in opened else ("closed", "open")
-                return f"ranks disagree after step {step}: unit {name!r} is {here} on rank 0, {there} on rank {rank}; {advice}"
+                return (
+                    f"ranks disagree after step {step}: unit {name!r} is {here} on rank 0, {there} on rank {rank}; "
+                    f"{advice}"
+                )
             if distances.get(name) != other_distances.get(name):
                 return (
                     f"ranks disagree after step {step}: the distance of unit {name!r} is {distances.get(name)} on rank "
                     f"0, {other_distances.get(name)} on rank {rank}; {advice}"
                 )
         if other_step != step:
-            return f"ranks disagree: rank 0 is at step {step}, rank {rank} at {other_step} (first unit {names[0]!r}); {advice}"
+            return f"ranks disagree: rank 0 is at step {step}, rank {rank} at step {other_step}; {advice}"
     raise AssertionError("hashes differ, states do not")

@@ -19,7 +19,6 @@ from slimfit_fx.config import Config
 from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
-from slimfit_fx.runtime.grad_gate import drop_eager_gradients
 from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
 from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts, make_scheduler
 from slimfit_fx.units import GateUnit
@@ -47,7 +46,6 @@ class StepTracker:
         self.peers: Peers | None = None
         """The other ranks, once they are known."""
         self._bindings = Bindings(model, units, self.gates)
-        self._hooks = drop_eager_gradients(self.gates)
 
     # -- called by the engine ------------------------------------------------------------------------------------------
     def before_forward(self) -> None:
@@ -62,6 +60,7 @@ class StepTracker:
             self._dirty = False
             self._compare(distances)
             if self._manual:
+                self._before = {}
                 self._remember(self.gates.open)
 
     def _compare(self, distances: dict[str, float]) -> None:
@@ -75,15 +74,16 @@ class StepTracker:
         if not self._bindings.refresh():
             return False
         self._before = {}
-        self.close()
-        self._hooks = drop_eager_gradients(self.gates)
         return True
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = []
+        self._bindings.close()
+
+    def begin_step(self) -> None:
+        """When an optimizer's step begins: forget the weights of one that was not finished."""
+        if not self._manual:
+            self._before = {}
 
     def before_step(self, params: frozenset[int]) -> None:
         """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""
@@ -107,10 +107,10 @@ class StepTracker:
         self._before = {}
 
     def _remember(self, names: Iterable[str]) -> None:
-        wanted = set(names)  # in model order: ranks exchange distances by position
-        self._before = {
-            n: tuple(_local(p).clone() for p in self.gates.params_of(n)) for n in self.gates.names if n in wanted
-        }
+        wanted = set(names) - self._before.keys()
+        for name in self.gates.names:  # in model order: ranks exchange distances by position
+            if name in wanted:
+                self._before[name] = tuple(_local(p).clone() for p in self.gates.params_of(name))
 
     def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
         distances = [self._distance(b, p) for b, p in zip(before, self.gates.params_of(name), strict=True)]
