@@ -22,6 +22,7 @@ from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
 from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.runtime.shapes import ShapeWatch
 from slimfit_fx.schedule import UnitInfo, make_scheduler
 from slimfit_fx.session import Session, build_plan
 from slimfit_fx.units import FoundUnits, find_units
@@ -220,11 +221,13 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
         traceable, backend=current.backend, dynamic=current.config.dynamic, **own
     )
     evaluated: Callable[..., Any] = torch.compile(traceable) if current.config.compile_eval else model._call_impl
-    training = compiled
+    training, shapes = compiled, ShapeWatch()
 
     def train(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
         current.before_forward()
+        if current.config.dynamic is None:
+            shapes.look(args, kwargs)
         try:
             with current.one_graph():
                 result = training(*args, **kwargs)

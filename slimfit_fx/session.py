@@ -196,7 +196,7 @@ class Session:
             return contextlib.nullcontext()
         import torch._dynamo.config as dynamo
 
-        return dynamo.patch(optimize_ddp=False)  # type: ignore[attr-defined, no-any-return]
+        return dynamo.patch(optimize_ddp=False)
 
     @property
     def traffic(self) -> GatedReduce | None:

@@ -1,8 +1,8 @@
 """Lightning: ``Trainer(callbacks=[SlimFitLightning("net", freeze_rate=0.9)])``.
 
 A LightningModule trains through ``training_step``, which calls the network that it holds; that network is what is
-optimized: by the callback (it is named there), or in ``__init__`` or ``configure_model`` by ``slimfit_fx.optimize``. The
-callback also puts the schedule into checkpoints and logs our numbers.
+optimized: by the callback (it is named there), or in ``__init__`` or ``configure_model`` by ``slimfit_fx.optimize``.
+The callback also puts the schedule into checkpoints and logs our numbers.
 """
 
 from __future__ import annotations

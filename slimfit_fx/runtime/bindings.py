@@ -32,7 +32,8 @@ class Bindings:
     def __init__(self, model: nn.Module, units: Sequence[GateUnit], gates: GateTable) -> None:
         self._gates = gates
         self._hooks: dict[int, RemovableHandle] = {}
-        self._places = {unit.name: _place(model, unit.name) for unit in units}
+        self._model = weakref.ref(model)
+        self._places = {unit.name: tuple(unit.name.split(".")) for unit in units}
         gates.look_again = weakref.WeakMethod(self.refresh)
         for name in gates.names:
             self._hook(name, *gates.params_of(name))
@@ -71,13 +72,12 @@ class Bindings:
             handle.remove()
 
     def _current(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, (module, attribute) in self._places.items():
-            owner = module()
-            now = None if owner is None else owner._parameters.get(attribute)
+        """(unit, the parameter in its place); nothing for a place that is gone. Called in each step: no ``getattr``."""
+        model = self._model()
+        for name, (*path, attribute) in self._places.items():
+            module: Any = model
+            for part in path:
+                module = None if module is None else module._modules.get(part)
+            now = None if module is None else module._parameters.get(attribute)
             if now is not None:
                 yield name, now
-
-
-def _place(model: nn.Module, name: str) -> tuple[weakref.ref[nn.Module], str]:
-    path, _, attribute = name.rpartition(".")
-    return weakref.ref(model.get_submodule(path)), attribute

@@ -10,12 +10,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 class StepListener(Protocol):
     """Who is told of optimizer steps."""
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some units are ever closed."""
 
     def begin_step(self) -> None:
         """Called when an optimizer's step begins."""
@@ -55,6 +59,11 @@ class OptimizerHooks:
         listener, held = self._listener(), self._held(optimizer)
         if listener is None or not held:
             return None
+        if isinstance(optimizer, LBFGS) and listener.freezes:
+            raise ValueError(
+                "LBFGS moves every parameter along directions of earlier steps, also one without a gradient, so that "
+                "closed units would move: use another optimizer, or freeze_rate=0 for the codecs alone"
+            )
         self.optimizers.add(optimizer)
         listener.begin_step()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -67,7 +67,8 @@ def find_peers(model: nn.Module) -> Peers | None:
     if shard is None:
         return None
     mesh = shard.device_mesh
-    return Peers(mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD, shard.device, sharded=True)
+    group: Any = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+    return Peers(group, shard.device, sharded=True)
 
 
 def active_wrapper(model: nn.Module) -> DistributedDataParallel | None:

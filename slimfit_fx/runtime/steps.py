@@ -80,6 +80,11 @@ class StepTracker:
         """Take the hooks off the parameters."""
         self._bindings.close()
 
+    @property
+    def freezes(self) -> bool:
+        """Whether some units are ever closed."""
+        return self.config.freeze_rate > 0 or bool(self._pinned)
+
     def begin_step(self) -> None:
         """When an optimizer's step begins: forget the weights of one that was not finished."""
         if not self._manual:
