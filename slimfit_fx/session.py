@@ -176,6 +176,11 @@ class Session:
         if self._tracker.peers is None:
             self._tracker.peers = peers.find_peers(model)
         wrapper = peers.active_wrapper(model)
+        if wrapper is not None and wrapper._join_config.enable:
+            raise ValueError(
+                "Join (uneven inputs) does not work with freeze gates: ranks that have run out of batches would send "
+                "gradients of another size. Use a DistributedSampler with drop_last=True: all ranks then end together"
+            )
         if wrapper is not None and (self._wrapper is None or self._wrapper() is not wrapper):
             self._wrapper = weakref.ref(wrapper)
             installed = install(wrapper, self.gates)

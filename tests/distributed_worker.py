@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import digits
 import torch
 import torch.distributed as dist
 from reference import optimized
@@ -186,6 +187,19 @@ def ddp_disagree() -> dict[str, Any]:
     return {"error": ""}
 
 
+def ddp_join() -> dict[str, Any]:
+    from torch.distributed.algorithms.join import Join
+
+    model, _ = optimized(Tiny(depth=1))
+    net = DistributedDataParallel(model)
+    try:
+        with Join([net]):
+            net(*share(0))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
 # ---- FSDP2
 
 
@@ -271,6 +285,30 @@ def shard_then_optimize() -> dict[str, Any]:
     return {"losses": losses, "history": history(session), "steps": session.steps}
 
 
+# ---- to an accuracy
+
+
+def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """With and without us: accuracy, and the step peak on this rank."""
+    found = {}
+    for ours in (True, False):
+        torch._dynamo.reset()
+        model: nn.Module = digits.Reader(depth=4, dropout=0.1)
+        if ours:
+            slimfit_fx.optimize(model, executor="interpreter", min_bytes=256, freeze_rate=0.8)
+        net = wrap(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=12 * 14)
+        for pixels, labels in digits.batches(12):
+            optimizer.zero_grad()
+            rank, world = dist.get_rank(), dist.get_world_size()
+            net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()
+            optimizer.step()
+            schedule.step()
+        found["ours" if ours else "plain"] = (digits.accuracy(model), digits.peak(model, net))
+    return found
+
+
 # ---- checkpoints
 
 
@@ -305,6 +343,8 @@ def main(folder: pathlib.Path, names: list[str]) -> None:
         kind, _, what = name.partition("_")
         if what in ("save", "resume"):
             found[name] = checkpoint(folder / f"{kind}-checkpoint", WRAPPERS[kind], resume=what == "resume")
+        elif what == "digits":
+            found[name] = digits_run(WRAPPERS[kind])
         else:
             found[name] = globals()[name]()
         dist.barrier()

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 ON_TWO = (
     *("ddp_curve", "ddp_ils", "ddp_traffic", "ddp_gradients", "ddp_then_optimize", "ddp_own_hook", "ddp_disagree"),
+    *("ddp_join", "ddp_digits", "fsdp_digits"),
     *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "shard_then_optimize"),
     *("ddp_save", "ddp_resume", "fsdp_save", "fsdp_resume"),
 )
@@ -126,6 +127,7 @@ def test_what_is_refused_or_said(two):
     assert any("communication hook of its own" in text for text in two[0]["ddp_own_hook"]["said"])
     assert two[0]["ddp_own_hook"]["losses"] == pytest.approx(two[0]["ddp_curve"]["losses"][:5], rel=1e-6)
     for rank in two:
+        assert "drop_last=True: all ranks then end together" in rank["ddp_join"]["error"]
         assert "ranks disagree after step 0: unit 'blocks.0." in rank["ddp_disagree"]["error"]
         assert "on rank 1; every rank must use the same settings (seed" in rank["ddp_disagree"]["error"]
 
@@ -138,3 +140,32 @@ def test_distributed_checkpoints_resume_on_any_number_of_processes(kind, two, ot
         found = others[processes][0][f"{kind}_resume"]
         assert found["steps"] == saved["steps"] and found["history"][0] == saved["history"][0]
         assert found["losses"][:2] == pytest.approx(saved["losses"][:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
+    for rank in two:
+        (ours, our_peak), (plain, plain_peak) = rank[f"{kind}_digits"]["ours"], rank[f"{kind}_digits"]["plain"]
+        assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
+
+
+def test_hugging_face_trainer_under_accelerate_launch(tmp_path):
+    """``--multi_gpu`` is Accelerate's name for several processes on one machine; the script itself asks for CPUs."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    ran = subprocess.run(
+        [*command, str(WORKER.with_name("accelerate_worker.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=WORKER.parent,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    expected = ranks[0][False]
+    for found in (*ranks[0].values(), *ranks[1].values()):
+        assert found["world"] == 2 and found["steps"] == 6 and found["history"] == expected["history"]
+        assert all(torch.equal(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
+        assert 0 < found["traffic"][0] < found["traffic"][1]

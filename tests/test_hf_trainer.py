@@ -139,6 +139,7 @@ def test_a_resumed_run_equals_the_run_without_a_stop(how, restore, tmp_path):
     again, other = start()
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     whole, resumed = slimfit_fx.session(model), slimfit_fx.session(again)
+    assert (whole.recompiles, resumed.recompiles) == (0, 0), "problem_type is set before the first forward"
     assert same_weights(model, again)
     assert resumed.state_dict() == whole.state_dict()
     assert [h for h in resumed.gates.history if h[0] > 3] == [h for h in whole.gates.history if h[0] > 3]

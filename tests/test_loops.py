@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import digits
@@ -73,6 +74,22 @@ def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
         moved = {name for name, param in model.named_parameters() if not torch.equal(before[name], param)}
         assert not moved & session.gates.closed and session.gates.open <= moved
     assert session.steps == 6 and len({opened for _, opened in session.gates.history}) > 2
+
+
+def test_a_resumed_optimizer_without_its_schedule_says_so():
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plain_run(model, optimizer, 2)
+    state, schedule = optimizer.state_dict(), session.state_dict()
+    again, resumed = optimized(Tiny(depth=1), freeze_rate=0.5)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    other.load_state_dict(state)
+    with pytest.warns(RuntimeWarning, match="the schedule starts again"):
+        plain_run(again, other, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        resumed.load_state_dict(schedule)
+        plain_run(again, torch.optim.AdamW(again.parameters(), lr=1e-2), 1)
 
 
 # ---- copies, moves, files

@@ -7,8 +7,10 @@ it after ``resume_from_checkpoint``, and adds its numbers to what Trainer logs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -54,6 +56,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Take up a model that is new since then (``model_init``), and the schedule of a checkpoint."""
         self._take(kwargs.get("model"))
+        _settle_problem_type(kwargs.get("model"), getattr(kwargs.get("train_dataloader"), "dataset", None))
         if state.global_step > 0:
             self._resume(state)
 
@@ -119,6 +122,25 @@ def _saved_state(state: TrainerState) -> dict[str, Any] | None:
     entries: Any = (state.stateful_callbacks or {}).get(SlimFitCallback.__name__)
     entry = entries[-1] if isinstance(entries, list) else entries
     return None if entry is None else entry["attributes"]["saved"]
+
+
+def _settle_problem_type(model: Any, dataset: Any) -> None:
+    """Set ``config.problem_type`` as the first forward of a classifier would: changed in there, it costs a recompile.
+
+    The rule is that of transformers/loss/loss_utils.py, ``ForSequenceClassificationLoss``.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "problem_type", "") is not None or not hasattr(type(dataset), "__getitem__") or not len(dataset):
+        return
+    first = dataset[0]
+    labels = next((first[key] for key in ("labels", "label") if isinstance(first, Mapping) and key in first), None)
+    if labels is None:
+        return
+    whole = not torch.as_tensor(labels).is_floating_point()
+    if config.num_labels == 1:
+        config.problem_type = "regression"
+    else:
+        config.problem_type = "single_label_classification" if whole else "multi_label_classification"
 
 
 def _say_what_is_ignored(args: TrainingArguments) -> None:

@@ -21,6 +21,9 @@ class StepListener(Protocol):
     def freezes(self) -> bool:
         """Whether some units are ever closed."""
 
+    def meet(self, *, has_state: bool) -> None:
+        """Called before the first step of an optimizer; ``has_state``: it has made steps before, or was loaded."""
+
     def begin_step(self) -> None:
         """Called when an optimizer's step begins."""
 
@@ -64,7 +67,10 @@ class OptimizerHooks:
                 "LBFGS moves every parameter along directions of earlier steps, also one without a gradient, so that "
                 "closed units would move: use another optimizer, or freeze_rate=0 for the codecs alone"
             )
-        self.optimizers.add(optimizer)
+        if optimizer not in self.optimizers:
+            self.optimizers.add(optimizer)
+            known = optimizer.state
+            listener.meet(has_state=any(known.get(p) for group in optimizer.param_groups for p in group["params"]))
         listener.begin_step()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):

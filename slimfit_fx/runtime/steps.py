@@ -8,6 +8,7 @@ between two forwards of one accumulated step.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,17 @@ class StepTracker:
     def freezes(self) -> bool:
         """Whether some units are ever closed."""
         return self.config.freeze_rate > 0 or bool(self._pinned)
+
+    def meet(self, *, has_state: bool) -> None:
+        """Warn if the optimizer goes on with an earlier run and the schedule does not."""
+        if has_state and self.steps == 0 and self.freezes:
+            warnings.warn(
+                "slimfit_fx: the optimizer goes on with the state of an earlier run, but the schedule starts again: to "
+                "resume a run, save slimfit_fx.session(model).state_dict() with each checkpoint and load it "
+                "(slimfit_fx.integrations has callbacks that do it)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def begin_step(self) -> None:
         """When an optimizer's step begins: forget the weights of one that was not finished."""
