@@ -81,15 +81,18 @@ def test_a_resumed_optimizer_without_its_schedule_says_so():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plain_run(model, optimizer, 2)
     state, schedule = optimizer.state_dict(), session.state_dict()
-    again, resumed = optimized(Tiny(depth=1), freeze_rate=0.5)
+    again, _ = optimized(Tiny(depth=1), freeze_rate=0.5)
     other = torch.optim.AdamW(again.parameters(), lr=1e-2)
     other.load_state_dict(state)
     with pytest.warns(RuntimeWarning, match="the schedule starts again"):
         plain_run(again, other, 2)
+    once_more, resumed = optimized(Tiny(depth=1), freeze_rate=0.5)
+    whole = torch.optim.AdamW(once_more.parameters(), lr=1e-2)
+    whole.load_state_dict(state)
+    resumed.load_state_dict(schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        resumed.load_state_dict(schedule)
-        plain_run(again, torch.optim.AdamW(again.parameters(), lr=1e-2), 1)
+        plain_run(once_more, whole, 1)
 
 
 # ---- copies, moves, files
@@ -250,3 +253,49 @@ def test_accelerate_to_an_accuracy_in_half_of_the_memory():
 
     (ours, our_peak), (plain, plain_peak) = run(True), run(False)
     assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
+
+
+# ---- torch.compile around the model
+
+
+def test_torch_compile_of_an_optimized_model():
+    """As accelerate does it for torch_compile=True: the graph breaks at the model, which compiles itself."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", scheduler="none")
+    session.freeze("blocks.0.*")
+    reference = Tiny(depth=1, dropout=0.0)
+    loss, grads = step(torch.compile(model, backend="eager"), model, tokens())
+    expected_loss, expected = step(compile_reference(reference), reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert session.compiles == 1 and all(unit.gated for unit in session.plan.units)
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(torch.compile(model, backend="eager")(tokens()[0]), reference.eval()(tokens()[0]))
+
+
+def test_a_compiled_function_around_an_optimized_model_says_so():
+    """Dynamo inlines the model into such a function and never calls it: training is right, but as if without us."""
+    model, _ = optimized(Tiny(depth=1, dropout=0.0), freeze_rate=0.5)
+    reference = Tiny(depth=1, dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, grads = step(torch.compile(lambda *batch: 2 * model(*batch), backend="eager"), model, tokens())
+    _, expected = step(lambda *batch: 2 * reference(*batch), reference, tokens())
+    assert differences(expected, grads) == []
+    with pytest.warns(RuntimeWarning, match="the model itself was never called in training"):
+        optimizer.step()
+
+
+def test_a_step_that_only_makes_optimizer_state_is_no_step():
+    """torch.distributed.checkpoint steps with a learning rate of 0 to have something to load into."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+    plain_run(model, torch.optim.AdamW(model.parameters()), 2)
+    state = session.state_dict()
+    again, resumed = optimized(Tiny(depth=1), freeze_rate=0.6)
+    resumed.load_state_dict(state)
+    optimizer = torch.optim.AdamW(again.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = get_optimizer_state_dict(again, optimizer)
+    assert resumed.state_dict() == state and len(optimizer.state) == len(list(again.parameters()))
+    assert found["state"].keys() == {name for name, _ in again.named_parameters()}

@@ -44,6 +44,9 @@ class StepTracker:
         self._manual = False
         self._dirty = True
         self._unchecked = True
+        self._warned = False
+        self.forwarded = False
+        """Whether there was a training forward since the start, or since a state was loaded."""
         self.peers: Peers | None = None
         """The other ranks, once they are known."""
         self._bindings = Bindings(model, units, self.gates)
@@ -51,6 +54,7 @@ class StepTracker:
     # -- called by the engine ------------------------------------------------------------------------------------------
     def before_forward(self) -> None:
         """Flip the gates if an optimizer step was done (or a pin was set) since the last forward."""
+        self.forwarded = True
         distances: dict[str, float] = {}
         if self._stepped:
             distances = self._queue.take()
@@ -85,6 +89,19 @@ class StepTracker:
     def freezes(self) -> bool:
         """Whether some units are ever closed."""
         return self.config.freeze_rate > 0 or bool(self._pinned)
+
+    def step_without_forward(self) -> None:
+        """Say that the model is trained past us; nothing is frozen then."""
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "slimfit_fx: an optimizer moves parameters, but the model itself was never called in training: it trains "
+            "uncompressed, with nothing frozen. A function around it was compiled, or parts of it are called "
+            "directly: compile nothing around the model, and optimize the part that is called",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def meet(self, *, has_state: bool) -> None:
         """Warn if the optimizer goes on with an earlier run and the schedule does not."""
@@ -208,6 +225,7 @@ class StepTracker:
         self.scheduler.pin(self._pinned)
         self._queue.load(state["pending"])
         self._before = {}
+        self.forwarded = False
         self.gates.set_open(state["open"], self.steps)
 
 
