@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,14 +44,32 @@ def arrays() -> tuple[Tensor, Tensor]:
     return pixels.reshape(-1, PATCHES, PATCH) / 16, torch.tensor(digits.target)
 
 
-def batches(epochs: int, size: int = 100, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of the training images."""
+def batches(epochs: int, size: int = 100, seed: int = 0, images: int = TRAIN) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of the first ``images`` training images."""
     pixels, labels = arrays()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        order = torch.randperm(TRAIN, generator=generator)
+        order = torch.randperm(images, generator=generator)
         for chosen in order.split(size):
             yield pixels[chosen], labels[chosen]
+
+
+@functools.cache
+def _pretrained() -> Reader:
+    model = Reader(depth=4, dropout=0.1)
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * 7
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for pixels, labels in batches(40, images=TRAIN // 2):
+        optimizer.zero_grad()
+        model(pixels, labels)["loss"].backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def pretrained() -> Reader:
+    """A model that has learned from half of the training images, to be fine-tuned on all of them (a fresh copy)."""
+    return copy.deepcopy(_pretrained()).train()
 
 
 def accuracy(model: nn.Module) -> float:

@@ -293,13 +293,13 @@ def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
     found = {}
     for ours in (True, False):
         torch._dynamo.reset()
-        model: nn.Module = digits.Reader(depth=4, dropout=0.1)
+        model: nn.Module = digits.pretrained()
         if ours:
             slimfit_fx.optimize(model, executor="interpreter", min_bytes=256, freeze_rate=0.8)
         net = wrap(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=12 * 14)
-        for pixels, labels in digits.batches(12):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
+        for pixels, labels in digits.batches(6):
             optimizer.zero_grad()
             rank, world = dist.get_rank(), dist.get_world_size()
             net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()

@@ -239,12 +239,12 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
     ).with_format("torch")
 
     def run(callbacks: list[Any]) -> tuple[float, int]:
-        model = digits.Reader(depth=4, dropout=0.1)
+        model = digits.pretrained()
         arguments = transformers.TrainingArguments(
             str(tmp_path),
             per_device_train_batch_size=100,
-            num_train_epochs=12,
-            learning_rate=1e-2,
+            num_train_epochs=6,
+            learning_rate=3e-3,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,

@@ -97,14 +97,14 @@ def test_what_is_refused(tmp_path):
 class Digits(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = digits.Reader(depth=4, dropout=0.1)
+        self.net = digits.pretrained()
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         return self.net(*batch)["loss"]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=12 * 14)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -118,7 +118,7 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
         order = torch.Generator().manual_seed(0)
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         fit = lightning.Trainer(
-            max_epochs=12, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=tmp_path, **quiet
+            max_epochs=6, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=tmp_path, **quiet
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning advises more workers
