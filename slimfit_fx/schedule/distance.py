@@ -23,6 +23,8 @@ DistanceMetric = Literal["relative_mean", "relative_norm"]
 DISTANCES: tuple[str, ...] = get_args(DistanceMetric)
 
 _CHUNK_NUMEL = 1 << 22
+_CPU_CHUNK_NUMEL = 1 << 15
+"""On a CPU the ten passes over a chunk are several times faster while it stays in the cache."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -30,7 +32,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def update_distance(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
     """Return how far ``after`` is from ``before``: a 0-dim float32 tensor on their device, with no host sync.
 
-    Work is done in float32 (float64 for float64 tensors), a few million elements at a time, so that the temporaries of
+    Work is done in float32 (float64 for float64 tensors), a chunk of elements at a time, so that the temporaries of
     a large embedding stay small. An empty tensor has distance 0.
 
     Raises:
@@ -65,12 +67,13 @@ def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") ->
 
 
 def _chunks(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield matching slices along the first dimension, about ``_CHUNK_NUMEL`` elements each, in working precision."""
+    """Yield matching slices along the first dimension, about ``chunk`` elements each, in working precision."""
     dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
-    if before.dim() == 0 or before.numel() <= _CHUNK_NUMEL:
+    chunk = _CPU_CHUNK_NUMEL if before.device.type == "cpu" else _CHUNK_NUMEL
+    if before.dim() == 0 or before.numel() <= chunk:
         yield before.to(dtype), after.to(dtype)
         return
-    rows = max(1, _CHUNK_NUMEL * before.shape[0] // before.numel())
+    rows = max(1, chunk * before.shape[0] // before.numel())
     for b, a in zip(before.split(rows), after.split(rows), strict=True):
         yield b.to(dtype), a.to(dtype)
 
