@@ -129,7 +129,7 @@ def _settle_problem_type(model: Any, dataset: Any) -> None:
 
     The rule is that of transformers/loss/loss_utils.py, ``ForSequenceClassificationLoss``.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "problem_type", "") is not None or not hasattr(type(dataset), "__getitem__") or not len(dataset):
         return
     first = dataset[0]
