@@ -19,6 +19,7 @@ from torch import nn
 import slimfit_fx
 
 ERRORS = [torch.OutOfMemoryError("no memory left"), ValueError("a user's own"), KeyboardInterrupt()]
+NAMES = [type(error).__name__ for error in ERRORS]
 
 
 class Fragile(Tiny):
@@ -37,9 +38,9 @@ class Fragile(Tiny):
             raise self.error
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("compiled", [True, False], ids=["later", "first call"])
+@pytest.mark.parametrize(("error", "compiled"), list(zip(ERRORS, (True, False, True), strict=True)), ids=NAMES)
 def test_an_error_in_forward(error, compiled):
+    """In the first call, which compiles, or in a later one."""
     model, session, call, reference = pair(make=Fragile, strict=False)
     if compiled:
         step(model, model, tokens())
@@ -53,7 +54,7 @@ def test_an_error_in_forward(error, compiled):
     assert {unit.name for unit in session.plan.units if unit.gated} == set(session.gates.names)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=NAMES)
 def test_an_error_in_backward(error):
     model, session, call, reference = pair()
     step(model, model, tokens())

@@ -13,6 +13,7 @@ import torch
 from reference import compile_reference, differences, equal_bits, optimized, step
 from small_models import Tiny, tokens
 from torch import nn
+from tower import Tower, rows
 
 import slimfit_fx
 
@@ -54,8 +55,9 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "set_to_none"), list(zip(MAKERS, (True, False, False, True), strict=True)), ids=MAKERS
+)
 def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
     model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -253,6 +255,26 @@ def test_accelerate_to_an_accuracy_in_half_of_the_memory():
 
     (ours, our_peak), (plain, plain_peak) = run(True), run(False)
     assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
+
+
+# ---- what is logged
+
+
+@pytest.mark.inductor
+def test_the_logged_peak_is_that_of_the_gates_of_now():
+    from slimfit_fx.integrations.metrics import step_metrics
+
+    model, session = optimized(Tower(), executor="inductor", preset="exact", scheduler="none")
+    assert step_metrics(session) == {"slimfit/frozen_share": 0.0, "slimfit/recompiles": 0}
+    found = []
+    for closed in ((), ("*",)):
+        session.unfreeze()
+        session.freeze(closed)
+        step(model, model, rows(512))
+        found.append(step_metrics(session))
+        assert found[-1]["slimfit/step_peak_bytes"] == session.predict_peak().peak_bytes > 0
+    assert found[0]["slimfit/step_peak_bytes"] > found[1]["slimfit/step_peak_bytes"]
+    assert found[1]["slimfit/frozen_share"] == 1.0 and found[1]["slimfit/recompiles"] == 0
 
 
 # ---- torch.compile around the model
