@@ -169,3 +169,21 @@ def test_hugging_face_trainer_under_accelerate_launch(tmp_path):
         assert found["world"] == 2 and found["steps"] == 6 and found["history"] == expected["history"]
         assert all(torch.equal(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
         assert 0 < found["traffic"][0] < found["traffic"][1]
+
+
+def test_lightning_under_torchrun(tmp_path):
+    pytest.importorskip("lightning")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = subprocess.run(
+        [*command, str(WORKER.with_name("lightning_worker.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=WORKER.parent,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["steps"] == 8 and first["moved"] == second["moved"] == []
+    assert first["history"] == second["history"] and len({str(opened) for opened in first["history"]}) > 2
+    assert 0 < first["traffic"][0] < first["traffic"][1]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
