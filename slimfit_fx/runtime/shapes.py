@@ -26,5 +26,6 @@ class ShapeWatch:
         shapes = tuple(tensor.shape for tensor in tensors)
         if self._last is not None and shapes != self._last:
             for tensor in tensors:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                if not hasattr(tensor, "_dynamo_dynamic_indices"):  # else the user marked it, and it is guarded so
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         self._last = shapes
