@@ -192,6 +192,16 @@ class Session:
                     stacklevel=2,
                 )
 
+    def say_it_starts_anew(self, what: str) -> None:
+        """Called by integrations whose checkpoint holds no schedule, because it was saved without ``what``."""
+        self._tracker.anew_is_known = True
+        warnings.warn(
+            f"slimfit_fx: this checkpoint was saved without {what} and holds no schedule: the schedule starts again "
+            "from its beginning",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
     def one_graph(self) -> contextlib.AbstractContextManager[Any]:
         """Called by the engine around each training forward: nobody may split its graph into DDP's buckets.
 

@@ -153,8 +153,9 @@ def test_a_checkpoint_without_a_schedule_says_so(tmp_path):
         "stateful_callbacks", {}
     )
     run = trainer(bert(), tmp_path, callbacks=[SlimFitCallback(**SETTINGS)], max_steps=3)
-    with pytest.warns(RuntimeWarning, match="holds no schedule"):
+    with pytest.warns(RuntimeWarning, match="holds no schedule") as said:
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len([w for w in said if "slimfit_fx" in str(w.message)]) == 1
 
 
 def test_a_model_from_model_init_and_a_callback_added_later(tmp_path):

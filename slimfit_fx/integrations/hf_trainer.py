@@ -106,12 +106,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
         if self._session is None:
             return
         if saved is None:
-            warnings.warn(
-                "slimfit_fx: this checkpoint was saved without SlimFitCallback and holds no schedule: the schedule "
-                "starts again from its beginning",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._session.say_it_starts_anew("SlimFitCallback")
             return
         self._session.load_state_dict(saved)
         self.saved = None

@@ -7,7 +7,6 @@ The callback also puts the schedule into checkpoints and logs our numbers.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -83,12 +82,8 @@ class SlimFitLightning(Callback):
 
     def _resume(self) -> None:
         if not self._saved:
-            warnings.warn(
-                "slimfit_fx: this checkpoint was saved without SlimFitLightning and holds no schedule: the schedule "
-                "starts again from its beginning",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            for session in self._sessions.values():
+                session.say_it_starts_anew("SlimFitLightning")
         for name, state in (self._saved or {}).items():
             self._sessions[name].load_state_dict(state)
         self._saved = None

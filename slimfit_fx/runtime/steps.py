@@ -45,6 +45,8 @@ class StepTracker:
         self._dirty = True
         self._unchecked = True
         self._warned = False
+        self.anew_is_known = False
+        """Whether the user was told already that the schedule of a resumed run starts again."""
         self.forwarded = False
         """Whether there was a training forward since the start, or since a state was loaded."""
         self.peers: Peers | None = None
@@ -105,7 +107,7 @@ class StepTracker:
 
     def meet(self, *, has_state: bool) -> None:
         """Warn if the optimizer goes on with an earlier run and the schedule does not."""
-        if has_state and self.steps == 0 and self.freezes:
+        if has_state and self.steps == 0 and self.freezes and not self.anew_is_known:
             warnings.warn(
                 "slimfit_fx: the optimizer goes on with the state of an earlier run, but the schedule starts again: to "
                 "resume a run, save slimfit_fx.session(model).state_dict() with each checkpoint and load it "
