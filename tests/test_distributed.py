@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 ON_TWO = (
