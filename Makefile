@@ -5,7 +5,8 @@
 # PIP_FLAGS goes to pip as it is: an index of CPU builds, for one.
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+# tests of one file share what they start (the processes of a distributed job)
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -19,6 +19,7 @@ from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
 from slimfit_fx.rehearsal import CAN_ISOLATE, Rehearsal, caused_by, traceable
+from slimfit_fx.runtime.shapes import ShapeWatch
 from slimfit_fx.session import Session
 from slimfit_fx.units import FoundUnits, find_units
 
@@ -55,9 +56,15 @@ def session(model: nn.Module) -> Session:
     Raises:
         ValueError: the model was not optimized.
     """
-    if not isinstance(model, nn.Module) or model not in _SESSIONS:
+    found = find_session(model)
+    if found is None:
         raise ValueError(f"this {type(model).__name__} was not optimized: call slimfit_fx.optimize(model) first")
-    return _SESSIONS[model]
+    return found
+
+
+def find_session(model: nn.Module) -> Session | None:
+    """The session of an optimized model; None for any other."""
+    return _SESSIONS.get(model) if isinstance(model, nn.Module) else None
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -164,25 +171,24 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
         return torch.compile(traceable(model), backend=current.backend, dynamic=current.config.dynamic, **own)
 
     evaluated: Callable[..., Any] = torch.compile(traceable(model)) if current.config.compile_eval else model._call_impl
-    training, captured = compile_model(), True
+    training, captured, shapes = compile_model(), True, ShapeWatch()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
         if captured and current.outgrows_its_plan():
             training = compile_model()
-        try:
-            return training(*args, **kwargs)
-        except PlanOutgrown:  # nothing has run yet
-            training = compile_model()
-            return training(*args, **kwargs)
+        with current.one_graph():
+            try:
+                return training(*args, **kwargs)
+            except PlanOutgrown:  # nothing has run yet
+                training = compile_model()
+                return training(*args, **kwargs)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def train(*args: Any, **kwargs: Any) -> Any:
         nonlocal training, captured
-        if torch.compiler.is_compiling():
-            return model._call_impl(*args, **kwargs)
-        if not (model.training and torch.is_grad_enabled()):
-            return evaluated(*args, **kwargs)
         current.before_forward()
+        if current.config.dynamic is None:
+            shapes.look(args, kwargs)
         try:
             result = run(*args, **kwargs)
             _warn_if_nothing_captured(current)
@@ -193,12 +199,18 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
                 raise over from None
             if current.config.strict or not captured:
                 raise
-            warnings.warn(
-                f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            training, captured = model._call_impl, False
-            return training(*args, **kwargs)
+            reason = f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}"
+        result = model._call_impl(*args, **kwargs)  # an error of the user's own is raised here, and settles nothing
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
+        training, captured = model._call_impl, False
+        return result
+
+    by_itself = torch.compiler.disable(train, reason="slimfit_fx compiles this model itself")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        trains = model.training and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():  # somebody compiles a function around the model: break the graph here
+            return by_itself(*args, **kwargs) if trains else model._call_impl(*args, **kwargs)
+        return train(*args, **kwargs) if trains else evaluated(*args, **kwargs)
 
     return call

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +26,8 @@ from slimfit_fx.config import Config
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
+from slimfit_fx.runtime import peers
+from slimfit_fx.runtime.gated_reduce import GatedReduce, install
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.optimizer_hooks import OptimizerHooks
 from slimfit_fx.runtime.steps import StepTracker
@@ -49,6 +53,8 @@ class Session:
         """(parameter, reason) of those that train in every step."""
         self.warned = False
         """Whether the user was told that nothing was captured."""
+        self._wrapper: weakref.ref[Any] | None = None
+        self._reduce: GatedReduce | None = None
         self._model = weakref.ref(model)
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
@@ -157,8 +163,22 @@ class Session:
             )
         return wanted
 
+    @property
+    def step_peak_bytes(self) -> int | None:
+        """Peak of a step with the gates of now, as ``predict_peak`` has it; None while it is not known."""
+        traced = step_trace(latest_graphs(self._backend.graphs))
+        if isinstance(traced, str):
+            return None
+        trace, names = traced
+        return trace.peak([k for k, name in enumerate(names) if name in self.gates.open]).peak_bytes
+
     def before_forward(self) -> None:
         """Called by the engine before each training forward."""
+        model = self._model()
+        if model is not None:
+            if self._tracker.refresh():
+                self._hooks.watch(frozenset(id(p) for p in model.parameters()))
+            self._meet_peers(model)
         self._tracker.before_forward()
 
     def outgrows_its_plan(self) -> bool:
@@ -173,6 +193,55 @@ class Session:
         if not under.budget.accumulates and any(p.grad is not None for p in model.parameters()):
             again |= under.expect_gradients()
         return again
+
+    def _meet_peers(self, model: nn.Module) -> None:
+        """Find the other ranks in the first forward of a distributed job, and DDP, whose traffic is cut."""
+        if not peers.is_distributed():
+            return
+        if self._tracker.peers is None:
+            self._tracker.peers = peers.find_peers(model)
+        wrapper = peers.active_wrapper(model)
+        if wrapper is not None and wrapper._join_config.enable:
+            raise ValueError(
+                "Join (uneven inputs) does not work with freeze gates: ranks that have run out of batches would send "
+                "gradients of another size. Use a DistributedSampler with drop_last=True: all ranks then end together"
+            )
+        if wrapper is not None and (self._wrapper is None or self._wrapper() is not wrapper):
+            self._wrapper = weakref.ref(wrapper)
+            installed = install(wrapper, self.gates)
+            self._reduce = None if isinstance(installed, str) else installed
+            if isinstance(installed, str):
+                warnings.warn(
+                    f"slimfit_fx: gradients of closed units are sent by DistributedDataParallel as zeros: {installed}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def say_it_starts_anew(self, what: str) -> None:
+        """Called by integrations whose checkpoint holds no schedule, because it was saved without ``what``."""
+        self._tracker.anew_is_known = True
+        warnings.warn(
+            f"slimfit_fx: this checkpoint was saved without {what} and holds no schedule: the schedule starts again "
+            "from its beginning",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def one_graph(self) -> contextlib.AbstractContextManager[Any]:
+        """Called by the engine around each training forward: nobody may split its graph into DDP's buckets.
+
+        torch's DDPOptimizer hands the backend parts whose parameters it no longer recognises; gates would not work.
+        """
+        if self._wrapper is None:
+            return contextlib.nullcontext()
+        import torch._dynamo.config as dynamo
+
+        return dynamo.patch(optimize_ddp=False)
+
+    @property
+    def traffic(self) -> GatedReduce | None:
+        """What DDP's all-reduce sent and would have sent, in bytes; None without DDP."""
+        return self._reduce
 
     def step(self) -> None:
         """Say that an optimizer step was done; only for optimizers that do not subclass ``torch.optim.Optimizer``."""
@@ -206,8 +275,9 @@ class Session:
         self._tracker.load_state_dict(state)
 
     def close(self) -> None:
-        """Stop listening to optimizers."""
+        """Stop listening to optimizers and gradients."""
         self._hooks.remove()
+        self._tracker.close()
 
     def __repr__(self) -> str:
         return (

@@ -394,7 +394,7 @@ def test_distance_equals_the_definition(metric, dtype, shape, seed):
 def test_distance_in_chunks_equals_the_distance_in_one(metric, monkeypatch):
     before, after = torch.randn(37, 5, 3), torch.randn(37, 5, 3)
     whole = update_distance(before, after, metric=metric)
-    monkeypatch.setattr("slimfit_fx.schedule.distance._CHUNK_NUMEL", 40)
+    monkeypatch.setattr("slimfit_fx.schedule.distance._CPU_CHUNK_NUMEL", 40)
     torch.testing.assert_close(update_distance(before, after, metric=metric), whole)
     swapped = update_distance(before.transpose(0, 1), after.transpose(0, 1), metric=metric)  # no copy of a view
     torch.testing.assert_close(swapped, whole)

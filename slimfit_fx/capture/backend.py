@@ -48,6 +48,7 @@ class SlimFitBackend:
     budget: InitVar[Budget | None] = None
     """What the steps of the model may take."""
     _frames: set[int] = field(default_factory=set)
+    _said: bool = False
 
     def __post_init__(self, gates: GateTable, budget: Budget | None) -> None:
         """Hold the table weakly: dynamo keeps every backend for ever, and the table keeps the model's parameters."""
@@ -63,6 +64,7 @@ class SlimFitBackend:
         captured = CapturedGraph(units, self._seen_before(_frame_id()), layout=layout)
         captured.passed_on = frozenset(i for i, v in enumerate(example_inputs) if _is_computed(v))
         self.graphs.append(captured)
+        self._say_if_checkpointed(gm)
         if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
             captured.layout = None
             captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
@@ -109,6 +111,19 @@ class SlimFitBackend:
         table = self._table()
         assert table is not None, "the session of this model is gone"
         return table
+
+    def _say_if_checkpointed(self, gm: fx.GraphModule) -> None:
+        checkpointed = torch.ops.higher_order.tag_activation_checkpoint
+        if self._said or self.plan_only or not any(n.target is checkpointed for n in gm.graph.nodes):
+            return
+        self._said = True
+        warnings.warn(
+            "slimfit_fx: this model checkpoints activations (torch.utils.checkpoint): inside of the checkpointed parts "
+            "they are computed again, and neither codecs nor gates apply to them; gradients of closed units are still "
+            "dropped. Turn gradient checkpointing off to let slimfit_fx do it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _seen_before(self, frame: int | None) -> bool:
         """Whether this model compiled this function before; other models of the same class do not count."""
@@ -209,7 +224,7 @@ def bind_gates(
         if _ghosts_would_be_read():
             values = [gates.always_open for _ in leads]
         inputs = list(args)
-        for index, tensor in zip(params, gate_gradients([inputs[i] for i in params], is_open), strict=True):
+        for index, tensor in zip(params, gate_gradients(gates, [inputs[i] for i in params], is_open), strict=True):
             inputs[index] = tensor
         return compiled(*inputs, *values)
 

@@ -7,7 +7,7 @@ so that it does not depend on timing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,17 @@ class DistanceQueue:
     def __init__(self) -> None:
         self._entries: list[_Pending] = []
 
-    def put(self, distances: Mapping[str, Tensor]) -> None:
-        """Queue 0-dim float32 tensors, one per unit, without waiting for them."""
+    def put(self, distances: Mapping[str, Tensor], agree: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Queue 0-dim float32 tensors, one per unit, without waiting for them.
+
+        ``agree`` makes the stacked distances those of all ranks of a distributed job.
+        """
         if not distances:
             return
         first = next(iter(distances.values()))
         stacked = torch.stack([d.to(first.device) for d in distances.values()])
+        if agree is not None:
+            stacked = agree(stacked)
         if stacked.device.type != "cuda":
             self._entries.append(_Pending(tuple(distances), stacked.cpu()))
             return

@@ -6,7 +6,7 @@ for their gates. Flipping makes fresh tensors, so a pending backward keeps the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class GateTable:
         self._gates = {name: torch.tensor(True) for name in self.names}
         self._open = frozenset(self.names)
         self._always_open = torch.tensor(True)
+        self._decided: set[str] = set()
+        self._aliases: dict[int, nn.Parameter] = {}
+        self.look_again: Callable[[], Callable[[], object] | None] = lambda: None
+        """What this gives is called when somebody asks for a parameter that is not known; it may ``rebind``."""
 
     @property
     def open(self) -> frozenset[str]:
@@ -49,11 +53,20 @@ class GateTable:
         for name in wanted ^ self._open:
             self._gates[name] = torch.tensor(name in wanted)
         self._open = wanted
+        self._decided.clear()
         self.history.append((step, wanted))
+
+    def is_open(self, name: str) -> bool:
+        """Whether this unit trains in this step."""
+        return name in self._open
 
     def unit_of(self, parameter: Any) -> str | None:
         """The unit that this very parameter belongs to, or None."""
-        return self._unit_of.get(id(parameter))
+        found = self._unit_of.get(id(parameter))
+        if found is None and isinstance(parameter, nn.Parameter) and (look := self.look_again()) is not None:
+            look()
+            found = self._unit_of.get(id(parameter))
+        return found
 
     def params_of(self, name: str) -> tuple[nn.Parameter, ...]:
         """The parameters of a unit."""
@@ -61,8 +74,32 @@ class GateTable:
 
     def gate_of(self, parameter: Any) -> Tensor:
         """The gate of this parameter's unit; always open for a parameter of no unit."""
-        name = self._unit_of.get(id(parameter))
+        name = self.unit_of(parameter)
         return self._always_open if name is None else self._gates[name]
+
+    def rebind(self, name: str, params: Sequence[nn.Parameter]) -> None:
+        """The unit's parameters are other objects now (an embedding was resized, a model was sharded)."""
+        for old in self._params[name]:
+            self._unit_of.pop(id(old), None)
+        self._params[name] = tuple(params)
+        self._unit_of.update({id(p): name for p in params})
+
+    def add_alias(self, name: str, param: nn.Parameter) -> None:
+        """``param`` stands for the unit in forward, besides its own parameters (FSDP2 gathers a shard into one)."""
+        self._unit_of[id(param)] = name
+        self._aliases[id(param)] = param  # keeps the id valid
+
+    def note_decided(self, parameter: Any) -> None:
+        """A gradient of this parameter was let through or dropped by the gates of its own forward."""
+        name = self._unit_of.get(id(parameter))
+        if name is not None and name not in self._open:
+            self._decided.add(name)
+
+    def take_decided(self, name: str) -> bool:
+        """Whether ``note_decided`` was called for this unit since it was asked last."""
+        found = name in self._decided
+        self._decided.discard(name)
+        return found
 
     @property
     def always_open(self) -> Tensor:

@@ -7,17 +7,38 @@ step calls no hook).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 class StepListener(Protocol):
     """Who is told of optimizer steps."""
 
+    @property
+    def freezes(self) -> bool:
+        """Whether some units are ever closed."""
+
+    @property
+    def forwarded(self) -> bool:
+        """Whether there was a training forward since the start, or since a state was loaded."""
+
+    def step_without_forward(self) -> None:
+        """Called instead of everything else when an optimizer moves parameters and there was no training forward."""
+
+    def meet(self, *, has_state: bool) -> None:
+        """Called before the first step of an optimizer; ``has_state``: it has made steps before, or was loaded."""
+
+    def begin_step(self) -> None:
+        """Called when an optimizer's step begins."""
+
     def before_step(self, params: frozenset[int]) -> None:
-        """Called before an optimizer reads the gradients of the parameters with these ids."""
+        """Called before an optimizer reads the gradients of the parameters with these ids.
+
+        More than once in a step whose closure is called more than once.
+        """
 
     def after_step(self) -> None:
         """Called after its step."""
@@ -42,18 +63,53 @@ class OptimizerHooks:
         self._handles = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
 
     def _held(self, optimizer: Optimizer) -> frozenset[int]:
-        return frozenset(id(p) for group in optimizer.param_groups for p in group["params"]) & self._param_ids
+        return frozenset(map(id, _params(optimizer))) & self._param_ids
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         listener, held = self._listener(), self._held(optimizer)
-        if listener is not None and held:
-            self.optimizers.add(optimizer)
+        if listener is None or not held:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure) and not listener.forwarded:
+            if _moves(optimizer):  # else it only makes its state: torch.distributed.checkpoint does that
+                listener.step_without_forward()
+            return None
+        self._begin(optimizer, listener)
+        if not callable(closure):
             listener.before_step(held)
+            return None
+        told = self._told(closure, held)  # forward and backward are in it: gradients are there when it returns
+        return ((args[0], told, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": told})
+
+    def _begin(self, optimizer: Optimizer, listener: StepListener) -> None:
+        if isinstance(optimizer, LBFGS) and listener.freezes:
+            raise ValueError(
+                "LBFGS moves every parameter along directions of earlier steps, also one without a gradient, so that "
+                "closed units would move: use another optimizer, or freeze_rate=0 for the codecs alone"
+            )
+        if optimizer not in self.optimizers:
+            self.optimizers.add(optimizer)
+            listener.meet(has_state=any(optimizer.state.get(param) for param in _params(optimizer)))
+        listener.begin_step()
+
+    def _told(self, closure: Callable[[], Any], held: frozenset[int]) -> Callable[[], Any]:
+        def call() -> Any:
+            result = closure()
+            listener = self._listener()
+            if listener is not None:
+                listener.before_step(held)
+            return result
+
+        return call
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._listener()
-        if listener is not None and self._held(optimizer):
+        if listener is not None and listener.forwarded and self._held(optimizer):
             listener.after_step()
+
+    def watch(self, param_ids: frozenset[int]) -> None:
+        """Listen to optimizers of these parameters from now on: the model's were replaced."""
+        self._param_ids = param_ids
 
     def remove(self) -> None:
         """Stop listening."""
@@ -75,3 +131,13 @@ class OptimizerHooks:
             if hasattr(v, "untyped_storage")
         ]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _params(optimizer: Optimizer) -> Iterator[Any]:
+    return (param for group in optimizer.param_groups for param in group["params"])
+
+
+def _moves(optimizer: Optimizer) -> bool:
+    """Whether a step of it would change anything."""
+    rated = any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups)
+    return rated and any(param.grad is not None for param in _params(optimizer))

@@ -8,6 +8,7 @@ between two forwards of one accumulated step.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.config import Config
+from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
-from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler, update_distance
+from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
+from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts, make_scheduler
 from slimfit_fx.units import GateUnit
 
 
@@ -40,18 +43,83 @@ class StepTracker:
         self._stepped = False
         self._manual = False
         self._dirty = True
+        self._unchecked = True
+        self._warned = False
+        self.anew_is_known = False
+        """Whether the user was told already that the schedule of a resumed run starts again."""
+        self.forwarded = False
+        """Whether there was a training forward since the start, or since a state was loaded."""
+        self.peers: Peers | None = None
+        """The other ranks, once they are known."""
+        self._bindings = Bindings(model, units, self.gates)
 
     # -- called by the engine ------------------------------------------------------------------------------------------
     def before_forward(self) -> None:
         """Flip the gates if an optimizer step was done (or a pin was set) since the last forward."""
+        self.forwarded = True
+        distances: dict[str, float] = {}
         if self._stepped:
-            self.scheduler.observe(self._queue.take())
+            distances = self._queue.take()
+            self.scheduler.observe(distances)
             self._stepped, self._dirty = False, True
         if self._dirty:
             self.gates.set_open(self.scheduler.select() - self._pinned, self.steps)
             self._dirty = False
+            self._compare(distances)
             if self._manual:
+                self._before = {}
                 self._remember(self.gates.open)
+
+    def _compare(self, distances: dict[str, float]) -> None:
+        """Hold this decision against that of the other ranks, now and then."""
+        if self.peers is not None and (self._unchecked or self.steps % CHECK_EVERY == 0):
+            self._unchecked = False
+            self.peers.check(self.steps, self.gates.names, self.gates.open, distances)
+
+    def refresh(self) -> bool:
+        """Take up parameters that were replaced since the last forward; True if there are any."""
+        if not self._bindings.refresh():
+            return False
+        self._before = {}
+        return True
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        self._bindings.close()
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some units are ever closed."""
+        return self.config.freeze_rate > 0 or bool(self._pinned)
+
+    def step_without_forward(self) -> None:
+        """Say that the model is trained past us; nothing is frozen then."""
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "slimfit_fx: an optimizer moves parameters, but the model itself was never called in training: it trains "
+            "uncompressed, with nothing frozen. A function around it was compiled, or parts of it are called "
+            "directly: compile nothing around the model, and optimize the part that is called",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def meet(self, *, has_state: bool) -> None:
+        """Warn if the optimizer goes on with an earlier run and the schedule does not."""
+        if has_state and self.steps == 0 and self.freezes and not self.anew_is_known:
+            warnings.warn(
+                "slimfit_fx: the optimizer goes on with the state of an earlier run, but the schedule starts again: to "
+                "resume a run, save slimfit_fx.session(model).state_dict() with each checkpoint and load it "
+                "(slimfit_fx.integrations has callbacks that do it)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def begin_step(self) -> None:
+        """When an optimizer's step begins: forget the weights of one that was not finished."""
+        if not self._manual:
+            self._before = {}
 
     def before_step(self, params: frozenset[int]) -> None:
         """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""
@@ -70,19 +138,24 @@ class StepTracker:
             self.steps += 1
         self._stepped = True
         if self._before:
-            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()})
+            agree = None if self.peers is None else self.peers.agree
+            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()}, agree)
         self._before = {}
 
     def _remember(self, names: Iterable[str]) -> None:
-        self._before = {n: tuple(p.detach().clone() for p in self.gates.params_of(n)) for n in names}
+        wanted = set(names) - self._before.keys()
+        for name in self.gates.names:  # in model order: ranks exchange distances by position
+            if name in wanted:
+                self._before[name] = tuple(_local(p).clone() for p in self.gates.params_of(name))
 
     def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
-        metric: Any = self.config.distance
-        distances = [
-            update_distance(b, p.detach(), metric=metric)
-            for b, p in zip(before, self.gates.params_of(name), strict=True)
-        ]
+        distances = [self._distance(b, p) for b, p in zip(before, self.gates.params_of(name), strict=True)]
         return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
+
+    def _distance(self, before: Tensor, param: nn.Parameter) -> Tensor:
+        metric: Any = self.config.distance
+        parts = distance_parts(before, _local(param), metric=metric)
+        return combine_parts(sum_over_shards(parts, param) if is_sharded(param) else parts, metric=metric)
 
     # -- called by the user --------------------------------------------------------------------------------------------
     def step(self) -> None:
@@ -154,4 +227,11 @@ class StepTracker:
         self.scheduler.pin(self._pinned)
         self._queue.load(state["pending"])
         self._before = {}
+        self.forwarded = False
         self.gates.set_open(state["open"], self.steps)
+
+
+def _local(param: Any) -> Tensor:
+    """The part of a parameter that is on this rank: all of it, unless it is sharded."""
+    tensor: Tensor = param.detach()
+    return tensor.to_local() if is_sharded(param) else tensor  # type: ignore[attr-defined]

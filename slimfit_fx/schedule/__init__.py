@@ -1,7 +1,7 @@
 """Schedulers: which units train in the next step."""
 
 from slimfit_fx.schedule.base import Scheduler, UnitInfo, make_scheduler, register_scheduler, scheduler_names
-from slimfit_fx.schedule.distance import DISTANCES, DistanceMetric, update_distance
+from slimfit_fx.schedule.distance import DISTANCES, DistanceMetric, combine_parts, distance_parts, update_distance
 from slimfit_fx.schedule.ils import InterLayerScheduler
 from slimfit_fx.schedule.none import OpenScheduler
 from slimfit_fx.schedule.round_robin import RoundRobinScheduler
@@ -21,6 +21,8 @@ __all__ = [
     "RoundRobinScheduler",
     "Scheduler",
     "UnitInfo",
+    "combine_parts",
+    "distance_parts",
     "make_scheduler",
     "register_scheduler",
     "scheduler_names",

@@ -23,6 +23,8 @@ DistanceMetric = Literal["relative_mean", "relative_norm"]
 DISTANCES: tuple[str, ...] = get_args(DistanceMetric)
 
 _CHUNK_NUMEL = 1 << 22
+_CPU_CHUNK_NUMEL = 1 << 15
+"""On a CPU the ten passes over a chunk are several times faster while it stays in the cache."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -30,18 +32,33 @@ _TINY = torch.finfo(torch.float32).tiny
 def update_distance(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
     """Return how far ``after`` is from ``before``: a 0-dim float32 tensor on their device, with no host sync.
 
-    Work is done in float32 (float64 for float64 tensors), a few million elements at a time, so that the temporaries of
+    Work is done in float32 (float64 for float64 tensors), a chunk of elements at a time, so that the temporaries of
     a large embedding stay small. An empty tensor has distance 0.
 
     Raises:
         ValueError: unknown metric, or shapes that differ.
+    """
+    return combine_parts(distance_parts(before, after, metric=metric), metric=metric)
+
+
+@torch.no_grad()
+def distance_parts(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+    """Return the three sums that the distance is made of: those of the shards of a tensor add up to its own.
+
+    A tensor of shape (3,), float32 or float64; see ``update_distance``.
     """
     if metric not in DISTANCES:
         raise ValueError(unknown("metric", metric, DISTANCES))
     if before.shape != after.shape:
         raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     measure = _mean_parts if metric == "relative_mean" else _norm_parts
-    total, base, moved = torch.stack([measure(b, a) for b, a in _chunks(before, after)]).sum(0).unbind()
+    return torch.stack([measure(b, a) for b, a in _chunks(before, after)]).sum(0)
+
+
+@torch.no_grad()
+def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+    """Return the distance (0-dim, float32) that these sums of ``distance_parts`` amount to."""
+    total, base, moved = parts.unbind()
     if metric == "relative_norm":
         total, base = total.sqrt(), base.sqrt()
     unmeasured = torch.where(moved > 0, torch.inf, 0.0)
@@ -50,12 +67,13 @@ def update_distance(before: Tensor, after: Tensor, *, metric: DistanceMetric = "
 
 
 def _chunks(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield matching slices along the first dimension, about ``_CHUNK_NUMEL`` elements each, in working precision."""
+    """Yield matching slices along the first dimension, about ``chunk`` elements each, in working precision."""
     dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
-    if before.dim() == 0 or before.numel() <= _CHUNK_NUMEL:
+    chunk = _CPU_CHUNK_NUMEL if before.device.type == "cpu" else _CHUNK_NUMEL
+    if before.dim() == 0 or before.numel() <= chunk:
         yield before.to(dtype), after.to(dtype)
         return
-    rows = max(1, _CHUNK_NUMEL * before.shape[0] // before.numel())
+    rows = max(1, chunk * before.shape[0] // before.numel())
     for b, a in zip(before.split(rows), after.split(rows), strict=True):
         yield b.to(dtype), a.to(dtype)
 

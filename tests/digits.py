@@ -1,0 +1,90 @@
+"""scikit-learn's digits for tests that train to an accuracy: data, a small transformer, and its step peak."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from small_models import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimfit_fx.runtime.measure import step_memory
+
+PATCHES, PATCH, WIDTH, TRAIN = 4, 16, 32, 1400
+
+
+class Reader(nn.Module):
+    """A transformer over 4x4 patches. ``forward(pixels, labels)`` returns {"loss", "logits"}."""
+
+    def __init__(self, depth: int = 2, width: int = WIDTH, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Linear(PATCH, width)
+        self.place = nn.Parameter(torch.randn(PATCHES, width) * 0.1)
+        self.blocks = nn.ModuleList(Block(width, 4, dropout) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(pixels) + self.place
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x).mean(dim=1))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def arrays() -> tuple[Tensor, Tensor]:
+    """All images as patches (1797, 4, 16) in [0, 1] and labels (1797,)."""
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32).reshape(-1, 2, 4, 2, 4).transpose(2, 3)
+    return pixels.reshape(-1, PATCHES, PATCH) / 16, torch.tensor(digits.target)
+
+
+def batches(epochs: int, size: int = 100, seed: int = 0, images: int = TRAIN) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of the first ``images`` training images."""
+    pixels, labels = arrays()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(images, generator=generator)
+        for chosen in order.split(size):
+            yield pixels[chosen], labels[chosen]
+
+
+@functools.cache
+def _pretrained() -> Reader:
+    model = Reader(depth=4, dropout=0.1)
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * 7
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for pixels, labels in batches(40, images=TRAIN // 2):
+        optimizer.zero_grad()
+        model(pixels, labels)["loss"].backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def pretrained() -> Reader:
+    """A model that has learned from half of the training images, to be fine-tuned on all of them (a fresh copy)."""
+    return copy.deepcopy(_pretrained()).train()
+
+
+def accuracy(model: nn.Module) -> float:
+    """Share of the held-out images that the model reads right."""
+    pixels, labels = arrays()
+    model.eval()
+    with torch.no_grad():
+        return (model(pixels[TRAIN:])["logits"].argmax(-1) == labels[TRAIN:]).float().mean().item()
+
+
+def peak(model: nn.Module, call: Callable[..., Any] | None = None, size: int = 400) -> int:
+    """Step peak in bytes on a batch of the first images, by the allocator's events, without an optimizer step."""
+    pixels, labels = arrays()
+    model.train()
+    model.zero_grad()
+    found = step_memory(lambda: (call or model)(pixels[:size], labels[:size])["loss"], lambda loss: loss.backward())
+    model.zero_grad()
+    return found.peak_bytes

@@ -1,0 +1,357 @@
+"""Run by test_distributed.py under torchrun: ``distributed_worker.py FOLDER SCENARIO...``; gloo, any number of ranks.
+
+Each scenario returns plain values; rank r writes ``{scenario: result}`` to FOLDER/rank<r>.pt.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import digits
+import torch
+import torch.distributed as dist
+from reference import optimized
+from small_models import Block, Tiny, optimizer_state, same_state, tokens
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import slimfit_fx
+from slimfit_fx.integrations import ScheduleState
+
+STEPS, BATCH, WIDTH = 50, 8, 64
+EXACT = {"preset": "exact", "scheduler": "random", "freeze_rate": 0.6}
+
+
+class Wide(nn.Module):
+    """Matrices make up nearly all of it, as in a real model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(31, WIDTH)
+        self.blocks = nn.ModuleList(Block(WIDTH, 4, 0.0) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 5)
+        self.train()
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return cross_entropy(self.head(x.mean(1)), labels)
+
+
+def share(number: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of global batch ``number``."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data, labels = tokens(number, batch)
+    return data.chunk(world)[rank], labels.chunk(world)[rank]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def one_step(net: Any, optimizer: torch.optim.Optimizer, number: int, batch: int = BATCH) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = net(*share(number, batch))
+    loss.backward()
+    optimizer.step()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def history(session: Any) -> list[list[str]]:
+    return [sorted(opened) for _, opened in session.gates.history]
+
+
+# ---- DDP
+
+
+def ddp_curve() -> dict[str, Any]:
+    """Fifty steps; nothing that is closed moves in any of them."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    losses, moved = [], []
+    for number in range(STEPS):
+        before, state = weights(model), {n: optimizer_state(optimizer, p) for n, p in model.named_parameters()}
+        losses.append(one_step(net, optimizer, number).item())
+        moved += [
+            name
+            for name in session.gates.closed
+            if not torch.equal(before[name], model.get_parameter(name))
+            or not same_state(state[name], optimizer_state(optimizer, model.get_parameter(name)))
+        ]
+    return {
+        "losses": losses,
+        "moved": moved,
+        "history": history(session),
+        "weights": weights(model),
+        "compiles": session.compiles,
+        "gated": all(unit.gated for unit in session.plan.units),
+    }
+
+
+def ddp_ils() -> dict[str, Any]:
+    """ILS decides from distances; rank 1 measures badly, and must be overruled by rank 0."""
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+    net, optimizer = DistributedDataParallel(model), adamw(model)
+    measured = session._tracker._distance
+    wrong = 1.0 + 0.5 * dist.get_rank()
+    session._tracker._distance = lambda before, param: measured(before, param) * wrong  # type: ignore[method-assign]
+    torch.manual_seed(dist.get_rank())
+    for number in range(12):
+        one_step(net, optimizer, number)
+    return {"history": history(session), "weights": weights(model), "distances": session.scheduler.distances}
+
+
+def ddp_traffic() -> dict[str, Any]:
+    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
+    net, optimizer = DistributedDataParallel(model, gradient_as_bucket_view=True), adamw(model)
+    norms = []
+    for number in range(10):
+        optimizer.zero_grad()
+        net(*share(number)).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+    return {"sent": session.traffic.bytes_sent, "full": session.traffic.bytes_full, "norms": norms}
+
+
+def ddp_gradients() -> dict[str, Any]:
+    """Accumulation under no_sync, against the same steps with the closed gradients dropped by hand."""
+    found = {}
+    for ours in (True, False):
+        model = Tiny(depth=1, dropout=0.0)
+        if ours:
+            model, session = optimized(model, **EXACT)
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for number in range(4):
+            optimizer.zero_grad()
+            with net.no_sync():
+                net(*share(2 * number)).backward()
+            net(*share(2 * number + 1)).backward()
+            if not ours:
+                for name in set(session.gates.names) - set(session.gates.history[number][1]):
+                    model.get_parameter(name).grad = None
+            optimizer.step()
+        found[ours] = weights(model)
+    return {"worst": max((found[True][n] - found[False][n]).abs().max().item() for n in found[True])}
+
+
+def ddp_then_optimize() -> dict[str, Any]:
+    """The other order: DDP first. Wrapped is refused, with the right way named; the inner module works."""
+    model = Tiny(depth=1, dropout=0.0)
+    net = DistributedDataParallel(model)
+    try:
+        slimfit_fx.optimize(net)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    optimized(net.module, **EXACT)
+    session = slimfit_fx.session(model)
+    optimizer = adamw(model)
+    losses = [one_step(net, optimizer, number).item() for number in range(5)]
+    return {"refused": refused, "losses": losses, "history": history(session), "sent": session.traffic.bytes_sent}
+
+
+def ddp_own_hook() -> dict[str, Any]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net, optimizer = DistributedDataParallel(model), adamw(model)
+    net.register_comm_hook(None, allreduce_hook)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        losses = [one_step(net, optimizer, number).item() for number in range(5)]
+    return {"said": [str(w.message) for w in said], "losses": losses}
+
+
+def ddp_disagree() -> dict[str, Any]:
+    model, _ = optimized(Tiny(depth=1), scheduler="random", freeze_rate=0.6, seed=dist.get_rank())
+    try:
+        DistributedDataParallel(model)(*share(0))
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def ddp_join() -> dict[str, Any]:
+    from torch.distributed.algorithms.join import Join
+
+    model, _ = optimized(Tiny(depth=1))
+    net = DistributedDataParallel(model)
+    try:
+        with Join([net]):
+            net(*share(0))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+# ---- FSDP2
+
+
+def shard(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def full(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().full_tensor().clone() for n, p in model.named_parameters()}
+
+
+def fsdp_curve() -> dict[str, Any]:
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    shard(model)
+    optimizer = adamw(model)
+    losses, moved, gradients = [], [], []
+    for number in range(STEPS):
+        before = full(model)
+        optimizer.zero_grad()
+        loss = model(*share(number))
+        loss.backward()
+        gradients += [n for n in session.gates.closed if model.get_parameter(n).grad is not None]
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / dist.get_world_size())
+        after = full(model)
+        moved += [n for n in session.gates.closed if not torch.equal(before[n], after[n])]
+    return {
+        "losses": losses,
+        "moved": moved,
+        "gradients": gradients,
+        "history": history(session),
+        "weights": full(model),
+        "steps": session.steps,
+        "gated": {unit.name for unit in session.plan.units if unit.gated},
+        "compiles": (session.compiles, session.recompiles),
+    }
+
+
+def fsdp_distances() -> dict[str, Any]:
+    """ILS under both wrappers, from equal weights: the distances are of whole units."""
+    found = {}
+    for wrap in (shard, DistributedDataParallel):
+        model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
+        net, optimizer = wrap(model), adamw(model)
+        for number in range(4):
+            one_step(net, optimizer, number)
+        session.before_forward()
+        found[wrap.__name__] = {"distances": session.scheduler.distances, "history": history(session)}
+    return found
+
+
+def fsdp_traffic() -> dict[str, Any]:
+    """Bytes that FSDP2 hands to its reduce-scatter, against those of all gradients."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    sent, reduce = 0, group.foreach_reduce
+
+    def counted(params: Any, gradients: Any, *args: Any) -> Any:
+        nonlocal sent
+        sent += sum(g.numel() * g.element_size() for g in gradients)
+        return reduce(params, gradients, *args)
+
+    group.foreach_reduce = counted
+    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    shard(model)
+    optimizer = adamw(model)
+    for number in range(10):
+        one_step(model, optimizer, number)
+    group.foreach_reduce = reduce
+    return {"sent": sent, "full": 10 * every, "steps": session.steps}
+
+
+def shard_then_optimize() -> dict[str, Any]:
+    model = shard(Tiny(depth=1, dropout=0.0))
+    _, session = optimized(model, **EXACT)
+    optimizer = adamw(model)
+    losses = [one_step(model, optimizer, number).item() for number in range(5)]
+    return {"losses": losses, "history": history(session), "steps": session.steps}
+
+
+# ---- to an accuracy
+
+
+def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """With and without us: accuracy, and the step peak on this rank."""
+    found = {}
+    for ours in (True, False):
+        torch._dynamo.reset()
+        model: nn.Module = digits.pretrained()
+        if ours:
+            slimfit_fx.optimize(model, executor="interpreter", min_bytes=256, freeze_rate=0.8)
+        net = wrap(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
+        for pixels, labels in digits.batches(6):
+            optimizer.zero_grad()
+            rank, world = dist.get_rank(), dist.get_world_size()
+            net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()
+            optimizer.step()
+            schedule.step()
+        found["ours" if ours else "plain"] = (digits.accuracy(model), digits.peak(model, net))
+    return found
+
+
+# ---- checkpoints
+
+
+def checkpoint(folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume: bool) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
+    net = wrap(model)
+    optimizer = adamw(model)
+    if not resume:
+        for number in range(6):
+            one_step(net, optimizer, number)
+        mine, optimizers = get_state_dict(net, optimizer)
+        dcp.save({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
+    else:
+        mine, optimizers = get_state_dict(net, optimizer)
+        dcp.load({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
+        set_state_dict(net, optimizer, model_state_dict=mine, optim_state_dict=optimizers)
+    losses = [one_step(net, optimizer, number).item() for number in range(6, 12)]
+    return {"losses": losses, "history": history(session)[-6:], "steps": session.steps}
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {"ddp": DistributedDataParallel, "fsdp": shard}
+
+
+def main(folder: pathlib.Path, names: list[str]) -> None:
+    dist.init_process_group("gloo")
+    found = {}
+    for name in names:
+        torch._dynamo.reset()
+        kind, _, what = name.partition("_")
+        if what in ("save", "resume"):
+            found[name] = checkpoint(folder / f"{kind}-checkpoint", WRAPPERS[kind], resume=what == "resume")
+        elif what == "digits":
+            found[name] = digits_run(WRAPPERS[kind])
+        else:
+            found[name] = globals()[name]()
+        dist.barrier()
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,189 @@
+"""DDP and FSDP2 on gloo, started by torchrun with 1, 2 and 4 processes. What runs there is distributed_worker.py."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
+ON_TWO = (
+    *("ddp_curve", "ddp_ils", "ddp_traffic", "ddp_gradients", "ddp_then_optimize", "ddp_own_hook", "ddp_disagree"),
+    *("ddp_join", "ddp_digits", "fsdp_digits"),
+    *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "shard_then_optimize"),
+    *("ddp_save", "ddp_resume", "fsdp_save", "fsdp_resume"),
+)
+ON_OTHERS = ("ddp_curve", "fsdp_curve", "ddp_resume", "fsdp_resume")
+
+
+def launch(processes: int, folder: pathlib.Path, scenarios: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The results of every rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    ran = subprocess.run(
+        [*command, str(WORKER), str(folder), *scenarios], capture_output=True, text=True, timeout=900, cwd=WORKER.parent
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, pathlib.Path]:
+    return {processes: tmp_path_factory.mktemp(f"ranks{processes}") for processes in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def two(folders) -> list[dict[str, Any]]:
+    return launch(2, folders[2], ON_TWO)
+
+
+@pytest.fixture(scope="module")
+def others(folders, two) -> dict[int, list[dict[str, Any]]]:
+    """The same with one and with four processes; they resume what two saved."""
+    found = {}
+    for processes in (1, 4):
+        for kind in ("ddp", "fsdp"):
+            shutil.copytree(folders[2] / f"{kind}-checkpoint", folders[processes] / f"{kind}-checkpoint")
+        found[processes] = launch(processes, folders[processes], ON_OTHERS)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_loss_curves_agree_whatever_the_number_of_processes(kind, two, others):
+    runs = {1: others[1], 2: two, 4: others[4]}
+    curve = {n: torch.tensor(ranks[0][f"{kind}_curve"]["losses"]) for n, ranks in runs.items()}
+    assert len(curve[1]) == 50
+    for processes in (2, 4):
+        torch.testing.assert_close(curve[processes], curve[1], rtol=1e-5, atol=0)
+    histories = [rank[f"{kind}_curve"]["history"] for ranks in runs.values() for rank in ranks]
+    assert all(history == histories[0] for history in histories) and len({str(h) for h in histories[0]}) > 10
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_closed_units_stand_still_on_every_rank(kind, two):
+    first = two[0][f"{kind}_curve"]
+    for rank in two:
+        found = rank[f"{kind}_curve"]
+        assert found["moved"] == [] and found.get("gradients", []) == []
+        assert all(torch.equal(found["weights"][n], first["weights"][n]) for n in first["weights"])
+
+
+def test_one_graph_with_all_gates_under_ddp(two):
+    """torch's DDPOptimizer would split it."""
+    assert all(rank["ddp_curve"]["compiles"] == 1 and rank["ddp_curve"]["gated"] for rank in two)
+
+
+def test_blocks_have_their_gates_under_fsdp(two):
+    names = set().union(*two[0]["fsdp_curve"]["history"])
+    gated = two[0]["fsdp_curve"]["gated"]
+    assert {name for name in names if name.startswith("blocks.")} <= gated
+    assert two[0]["fsdp_curve"]["compiles"][1] == 0, "no recompile"
+
+
+def test_ranks_that_measure_otherwise_decide_alike(two):
+    first, second = (rank["ddp_ils"] for rank in two)
+    assert first["history"] == second["history"] and first["distances"] == second["distances"]
+    assert all(torch.equal(first["weights"][n], second["weights"][n]) for n in first["weights"])
+
+
+def test_distances_under_fsdp_are_of_whole_units(two):
+    found = two[0]["fsdp_distances"]
+    ddp = found["DistributedDataParallel"]
+    assert found["shard"]["history"] == ddp["history"]
+    for name, distance in found["shard"]["distances"].items():
+        assert distance == pytest.approx(ddp["distances"][name], rel=1e-5), name
+    assert any(distance < 2**20 for distance in ddp["distances"].values())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_closed_gradients_are_not_sent(kind, two):
+    for rank in two:
+        found = rank[f"{kind}_traffic"]
+        assert 0 < 5 * found["sent"] <= found["full"]
+
+
+def test_gradients_are_those_of_ddp_without_us(two):
+    assert all(rank["ddp_gradients"]["worst"] < 1e-6 for rank in two)
+    assert two[0]["ddp_traffic"]["norms"] == two[1]["ddp_traffic"]["norms"], "clipping sees the same norm on all ranks"
+
+
+@pytest.mark.parametrize("scenario", ["ddp_then_optimize", "shard_then_optimize"])
+def test_the_other_order_of_wrapping(scenario, two):
+    kind = "ddp" if scenario.startswith("ddp") else "fsdp"
+    for rank in two:
+        found = rank[scenario]
+        assert found["losses"] == rank[f"{kind}_curve"]["losses"][:5]
+        assert found["history"] == rank[f"{kind}_curve"]["history"][:5]
+
+
+def test_what_is_refused_or_said(two):
+    assert "optimize the inner module first" in two[0]["ddp_then_optimize"]["refused"]
+    assert any("communication hook of its own" in text for text in two[0]["ddp_own_hook"]["said"])
+    assert two[0]["ddp_own_hook"]["losses"] == pytest.approx(two[0]["ddp_curve"]["losses"][:5], rel=1e-6)
+    for rank in two:
+        assert "drop_last=True: all ranks then end together" in rank["ddp_join"]["error"]
+        assert "ranks disagree after step 0: unit 'blocks.0." in rank["ddp_disagree"]["error"]
+        assert "on rank 1; every rank must use the same settings (seed" in rank["ddp_disagree"]["error"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_distributed_checkpoints_resume_on_any_number_of_processes(kind, two, others):
+    saved = two[0][f"{kind}_save"]
+    assert two[0][f"{kind}_resume"] == saved, "bit for bit on as many processes"
+    for processes in (1, 4):
+        found = others[processes][0][f"{kind}_resume"]
+        assert found["steps"] == saved["steps"] and found["history"][0] == saved["history"][0]
+        assert found["losses"][:2] == pytest.approx(saved["losses"][:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
+    for rank in two:
+        (ours, our_peak), (plain, plain_peak) = rank[f"{kind}_digits"]["ours"], rank[f"{kind}_digits"]["plain"]
+        assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
+
+
+def test_hugging_face_trainer_under_accelerate_launch(tmp_path):
+    """``--multi_gpu`` is Accelerate's name for several processes on one machine; the script itself asks for CPUs."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    ran = subprocess.run(
+        [*command, str(WORKER.with_name("accelerate_worker.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=WORKER.parent,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    expected = ranks[0][False]
+    for found in (*ranks[0].values(), *ranks[1].values()):
+        assert found["world"] == 2 and found["steps"] == 6 and found["history"] == expected["history"]
+        assert all(torch.equal(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
+        assert 0 < found["traffic"][0] < found["traffic"][1]
+
+
+def test_lightning_under_torchrun(tmp_path):
+    pytest.importorskip("lightning")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = subprocess.run(
+        [*command, str(WORKER.with_name("lightning_worker.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=WORKER.parent,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["steps"] == 8 and first["moved"] == second["moved"] == []
+    assert first["history"] == second["history"] and len({str(opened) for opened in first["history"]}) > 2
+    assert 0 < first["traffic"][0] < first["traffic"][1]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])

@@ -1,0 +1,138 @@
+"""What goes wrong in the middle of a step leaves everything usable; a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from reference import differences, equal_bits, optimized, step
+from small_models import Tiny, tokens
+from test_training import Skipped, grads_of, pair
+from torch import nn
+
+import slimfit_fx
+
+ERRORS = [torch.OutOfMemoryError("no memory left"), ValueError("a user's own"), KeyboardInterrupt()]
+NAMES = [type(error).__name__ for error in ERRORS]
+
+
+class Fragile(Tiny):
+    """Raises ``error`` in the middle of the next forward, if it is set; dynamo breaks the graph there."""
+
+    error: BaseException | None = None
+
+    def features(self, tokens):
+        x = self.blocks[0](self.embed(tokens))
+        self.fail()
+        return self.blocks[1](x)
+
+    @torch.compiler.disable
+    def fail(self):
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(("error", "compiled"), list(zip(ERRORS, (True, False, True), strict=True)), ids=NAMES)
+def test_an_error_in_forward(error, compiled):
+    """In the first call, which compiles, or in a later one."""
+    model, session, call, reference = pair(make=Fragile, strict=False)
+    if compiled:
+        step(model, model, tokens())
+    model.error = error
+    with pytest.raises(type(error)):
+        model(*tokens())
+    model.error = None
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(call, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert {unit.name for unit in session.plan.units if unit.gated} == set(session.gates.names)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=NAMES)
+def test_an_error_in_backward(error):
+    model, session, call, reference = pair()
+    step(model, model, tokens())
+
+    def fail(grad):
+        raise error
+
+    hook = model.head.weight.register_hook(fail)
+    with pytest.raises(type(error)):
+        model(*tokens()).backward()
+    hook.remove()
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(call, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert (session.compiles, session.recompiles, session.steps) == (1, 0, 0)
+
+
+def test_a_wrong_batch_is_the_users_error_and_settles_nothing():
+    """Dynamo meets it while it traces; the model must not be given up for it."""
+    model, session, call, reference = pair(strict=False)
+    data, labels = tokens()
+    with pytest.raises((ValueError, RuntimeError), match="atch"):
+        model(data, labels[:-1])
+    loss, grads = step(model, model, tokens())
+    expected_loss, expected = step(call, reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert session.plan.units and all(unit.gated for unit in session.plan.units)
+
+
+def test_an_error_in_the_optimizer_measures_nothing():
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step(model, model, tokens())
+    rate, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], "fast"
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert session.steps == 0
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    step(model, model, tokens())
+    assert session.steps == 1 and any(d < 2**20 for d in session.scheduler.distances.values())
+
+
+def test_clipping_does_not_count_closed_units_that_run_eagerly():
+    """The embedding runs outside of every graph: nothing but autograd knows of its gradient."""
+    model, session, call, reference = pair(make=Skipped, closed=("embed.weight", "blocks.1.*"))
+    step(model, model, tokens())
+    step(call, reference, tokens())
+    assert differences(grads_of(reference), grads_of(model), closed=session.gates.closed) == []
+    assert model.embed.weight.grad is None, "before the optimizer's step"
+    for name, param in reference.named_parameters():
+        param.grad = None if name in session.gates.closed else param.grad
+    assert torch.equal(*(nn.utils.clip_grad_norm_(net.parameters(), 0.01) for net in (model, reference)))
+    session.unfreeze()
+    _, grads = step(model, model, tokens())
+    assert grads["embed.weight"] is not None
+    slimfit_fx.restore(model)
+    assert not model.embed.weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_a_random_moment_goes_on_bit_for_bit(tmp_path):
+    script, steps = pathlib.Path(__file__).with_name("killed_run.py"), 24
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, str(script), str(folder), str(steps)], cwd=script.parent)
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    victim, at = start(tmp_path / "killed"), random.randint(7, 20)
+    marker, deadline = tmp_path / "killed" / "step", time.monotonic() + 300
+    while not (marker.exists() and int(marker.read_text() or 0) >= at):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert start(tmp_path / "killed").wait(300) == 0
+    whole, resumed = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "killed"))
+    assert whole["from"] == 0 and 6 <= resumed["from"] <= at + 1
+    assert whole["slimfit_fx"] == resumed["slimfit_fx"]
+    assert all(torch.equal(whole["model"][n], resumed["model"][n]) for n in whole["model"])

@@ -1,0 +1,323 @@
+"""Training loops of other people: Accelerate, Lightning, schedulers of learning rates, exotic optimizers, averages."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import digits
+import pytest
+import torch
+from reference import compile_reference, differences, equal_bits, optimized, step
+from small_models import Tiny, tokens
+from torch import nn
+from tower import Tower, rows
+
+import slimfit_fx
+
+SETTINGS: dict[str, Any] = {"executor": "interpreter", "min_bytes": 256}
+
+
+def plain_run(model: nn.Module, optimizer: Any, steps: int = 8, first: int = 0) -> list[float]:
+    losses = []
+    for number in range(first, first + steps):
+        optimizer.zero_grad()
+        loss = model(*tokens(number))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# ---- optimizers and learning rates
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """What 8-bit optimizers are: a subclass whose step is its own."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state["steps"] = state.get("steps", 0) + 1
+                    param.mul_(1 - group["lr"] * 0.1).sub_(group["lr"] * param.grad.sign())
+
+
+MAKERS = {
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "subclass": lambda p: OwnAdamW(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "set_to_none"), list(zip(MAKERS, (True, False, False, True), strict=True)), ids=MAKERS
+)
+def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    groups = [
+        {"params": decayed, "lr": 2e-2},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = MAKERS[kind](groups)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+    for number in range(6):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        model(*tokens(number)).backward()
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        optimizer.step()
+        schedule.step()
+        moved = {name for name, param in model.named_parameters() if not torch.equal(before[name], param)}
+        assert not moved & session.gates.closed and session.gates.open <= moved
+    assert session.steps == 6 and len({opened for _, opened in session.gates.history}) > 2
+
+
+def test_a_resumed_optimizer_without_its_schedule_says_so():
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plain_run(model, optimizer, 2)
+    state, schedule = optimizer.state_dict(), session.state_dict()
+    again, _ = optimized(Tiny(depth=1), freeze_rate=0.5)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    other.load_state_dict(state)
+    with pytest.warns(RuntimeWarning, match="the schedule starts again"):
+        plain_run(again, other, 2)
+    once_more, resumed = optimized(Tiny(depth=1), freeze_rate=0.5)
+    whole = torch.optim.AdamW(once_more.parameters(), lr=1e-2)
+    whole.load_state_dict(state)
+    resumed.load_state_dict(schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        plain_run(once_more, whole, 1)
+
+
+# ---- copies, moves, files
+
+
+def test_averages_of_an_optimized_model():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for number in range(3):
+        plain_run(model, optimizer, 1, number)
+        average.update_parameters(model)
+        for name, param in model.named_parameters():
+            expected[name] = param.detach().clone() if number == 0 else torch.lerp(expected[name], param.detach(), 0.5)
+    assert session.steps == 3
+    for name, param in average.module.named_parameters():
+        torch.testing.assert_close(param.detach(), expected[name])
+    average.module.eval()
+    assert average(tokens()[0]).shape == (4, 5) and session.compiles == 1
+    with pytest.raises(ValueError, match="was not optimized"):
+        slimfit_fx.session(average.module)
+
+
+def test_a_saved_model_is_a_plain_model():
+    model, _ = optimized(Tiny(depth=1), freeze_rate=0.5)
+    step(model, model, tokens())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded, plain = torch.load(file, weights_only=False), Tiny(depth=1)
+    (loss, grads), (expected_loss, expected) = step(loaded, loaded, tokens()), step(plain, plain, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads) == []
+
+
+@pytest.mark.parametrize("how", ["to", "overwrite"])
+def test_a_model_that_moves_keeps_its_gates(how):
+    """``overwrite``: ``to`` makes new parameter objects, as it does for some devices and settings."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", scheduler="none")
+    session.freeze("blocks.0.*")
+    torch.__future__.set_overwrite_module_params_on_conversion(how == "overwrite")
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    reference = Tiny(depth=1, dropout=0.0).to(torch.float64)
+    _, grads = step(model, model, tokens())
+    _, expected = step(compile_reference(reference), reference, tokens())
+    assert differences(expected, grads, closed=session.gates.closed) == []
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    before = {name: model.get_parameter(name).detach().clone() for name in session.gates.closed}
+    plain_run(model, optimizer, 3)
+    assert session.steps == 3, "the new parameters' optimizer is noticed"
+    assert before and all(torch.equal(before[name], model.get_parameter(name)) for name in before)
+
+
+def test_a_parameter_that_is_replaced_keeps_its_gate():
+    """As when a vocabulary is resized after ``optimize``."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", scheduler="none")
+    step(model, model, tokens())
+    model.embed = nn.Embedding.from_pretrained(
+        torch.cat([model.embed.weight.detach(), torch.ones(3, 16)]), freeze=False
+    )
+    step(model, model, tokens())
+    assert model.embed.weight.grad is not None
+    session.freeze("embed.weight")
+    _, grads = step(model, model, tokens())
+    assert grads["embed.weight"] is None and grads["blocks.0.up.weight"] is not None
+
+
+def test_a_copy_of_an_optimized_model_can_be_optimized_apart():
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
+    plain_run(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    double, other = optimized(copy.deepcopy(model), freeze_rate=0.5)
+    plain_run(double, torch.optim.SGD(double.parameters(), lr=0.1), 3)
+    assert (session.steps, other.steps) == (2, 3)
+
+
+# ---- Accelerate
+
+
+def accelerator(**settings: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    return accelerate.Accelerator(cpu=True, **settings)
+
+
+def batches(count: int) -> Any:
+    data = [tokens(number, 1) for number in range(count)]
+    whole = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*data, strict=True)))
+    return torch.utils.data.DataLoader(whole, batch_size=4)
+
+
+@pytest.mark.parametrize("order", ["before prepare", "after prepare"])
+def test_an_accelerate_loop(order, tmp_path):
+    """Accumulation, bf16, clipping, a learning-rate schedule; saved by Accelerate and resumed bit for bit."""
+
+    def start() -> tuple[Any, ...]:
+        ours = accelerator(gradient_accumulation_steps=2, mixed_precision="bf16")
+        model = Tiny(depth=1)
+        if order == "before prepare":
+            optimized(model, freeze_rate=0.6)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=20)
+        net, optimizer, loader, schedule = ours.prepare(model, optimizer, batches(32), schedule)
+        if order == "after prepare":
+            optimized(ours.unwrap_model(net), freeze_rate=0.6)
+        session = slimfit_fx.session(ours.unwrap_model(net))
+        ours.register_for_checkpointing(session)
+        return ours, net, optimizer, loader, schedule, session
+
+    def train(ours: Any, net: Any, optimizer: Any, loader: Any, schedule: Any) -> None:
+        for batch in loader:
+            with ours.accumulate(net):
+                ours.backward(net(*batch))
+                if ours.sync_gradients:
+                    ours.clip_grad_norm_(net.parameters(), 0.5)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+
+    torch.manual_seed(3)
+    *parts, session = start()
+    train(*parts)
+    parts[0].save_state(str(tmp_path / "state"))
+    train(*parts)
+    assert session.steps == 8 and session.recompiles == 0
+    *again, resumed = start()
+    again[0].load_state(str(tmp_path / "state"))
+    train(*again)
+    assert resumed.state_dict() == session.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(parts[1].parameters(), again[1].parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_accelerate_to_an_accuracy_in_half_of_the_memory():
+    def run(ours: bool) -> tuple[float, int]:
+        prepared = accelerator()
+        model = digits.pretrained()
+        if ours:
+            slimfit_fx.optimize(model, **SETTINGS, freeze_rate=0.8)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
+        pixels, labels = digits.arrays()
+        data = torch.utils.data.TensorDataset(pixels[: digits.TRAIN], labels[: digits.TRAIN])
+        order = torch.Generator().manual_seed(0)
+        loader = torch.utils.data.DataLoader(data, 100, shuffle=True, generator=order)
+        net, optimizer, loader, schedule = prepared.prepare(model, optimizer, loader, schedule)
+        for _ in range(6):
+            for batch in loader:
+                optimizer.zero_grad()
+                prepared.backward(net(*batch)["loss"])
+                optimizer.step()
+                schedule.step()
+        return digits.accuracy(model), digits.peak(model)
+
+    (ours, our_peak), (plain, plain_peak) = run(True), run(False)
+    assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
+
+
+# ---- what is logged
+
+
+@pytest.mark.inductor
+def test_the_logged_peak_is_that_of_the_gates_of_now():
+    from slimfit_fx.integrations.metrics import step_metrics
+
+    model, session = optimized(Tower(), executor="inductor", preset="exact", scheduler="none")
+    assert step_metrics(session) == {"slimfit/frozen_share": 0.0, "slimfit/recompiles": 0}
+    found = []
+    for closed in ((), ("*",)):
+        session.unfreeze()
+        session.freeze(closed)
+        step(model, model, rows(512))
+        found.append(step_metrics(session))
+        assert found[-1]["slimfit/step_peak_bytes"] == session.predict_peak().peak_bytes > 0
+    assert found[0]["slimfit/step_peak_bytes"] > found[1]["slimfit/step_peak_bytes"]
+    assert found[1]["slimfit/frozen_share"] == 1.0 and found[1]["slimfit/recompiles"] == 0
+
+
+# ---- torch.compile around the model
+
+
+def test_torch_compile_of_an_optimized_model():
+    """As accelerate does it for torch_compile=True: the graph breaks at the model, which compiles itself."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", scheduler="none")
+    session.freeze("blocks.0.*")
+    reference = Tiny(depth=1, dropout=0.0)
+    loss, grads = step(torch.compile(model, backend="eager"), model, tokens())
+    expected_loss, expected = step(compile_reference(reference), reference, tokens())
+    assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    assert session.compiles == 1 and all(unit.gated for unit in session.plan.units)
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(torch.compile(model, backend="eager")(tokens()[0]), reference.eval()(tokens()[0]))
+
+
+def test_a_compiled_function_around_an_optimized_model_says_so():
+    """Dynamo inlines the model into such a function and never calls it: training is right, but as if without us."""
+    model, _ = optimized(Tiny(depth=1, dropout=0.0), freeze_rate=0.5)
+    reference = Tiny(depth=1, dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, grads = step(torch.compile(lambda *batch: 2 * model(*batch), backend="eager"), model, tokens())
+    _, expected = step(lambda *batch: 2 * reference(*batch), reference, tokens())
+    assert differences(expected, grads) == []
+    with pytest.warns(RuntimeWarning, match="the model itself was never called in training"):
+        optimizer.step()
+
+
+def test_a_step_that_only_makes_optimizer_state_is_no_step():
+    """torch.distributed.checkpoint steps with a learning rate of 0 to have something to load into."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
+    plain_run(model, torch.optim.AdamW(model.parameters()), 2)
+    state = session.state_dict()
+    again, resumed = optimized(Tiny(depth=1), freeze_rate=0.6)
+    resumed.load_state_dict(state)
+    optimizer = torch.optim.AdamW(again.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = get_optimizer_state_dict(again, optimizer)
+    assert resumed.state_dict() == state and len(optimizer.state) == len(list(again.parameters()))
+    assert found["state"].keys() == {name for name, _ in again.named_parameters()}
