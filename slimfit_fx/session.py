@@ -59,8 +59,8 @@ class Session:
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
         self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
-        budget = make_budget(model, config, units, self.scheduler, lambda: list(self._hooks.optimizers))
-        self._fixed = make_fixed_bytes(model, config, units, self.scheduler, lambda: list(self._hooks.optimizers))
+        budget = make_budget(model, config, units, self.scheduler, self._hooks.seen)
+        self._fixed = make_fixed_bytes(model, config, units, self.scheduler, self._hooks.seen)
         self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=budget)
 
     @property

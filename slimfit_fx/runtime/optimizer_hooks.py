@@ -119,6 +119,10 @@ class OptimizerHooks:
         if self in self._registered:
             self._registered.remove(self)
 
+    def seen(self) -> list[Optimizer]:
+        """The optimizers that were seen with parameters of the model."""
+        return list(self.optimizers)
+
     def state_bytes(self) -> int | None:
         """Bytes of optimizer state that the seen optimizers hold; None before the first step."""
         if not self.optimizers:
