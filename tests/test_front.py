@@ -57,7 +57,7 @@ def test_the_rates_of_this_machine_are_kept(monkeypatch, tmp_path):
 
 
 def test_products_of_a_step_are_counted_by_gate():
-    """With the interpreter: forward and the gradient of the data always, the gradient of a weight if it is open."""
+    """With the interpreter: forward always, what only the gradient of one weight needs if it is open."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False))
     model, session = optimized(layers, preset="exact", scheduler="none", min_bytes=0, units="*")
@@ -69,8 +69,9 @@ def test_products_of_a_step_are_counted_by_gate():
     for work in trace.work:
         by_gate[work.gate] += work.flops
     small, large = 2 * 32 * 8 * 16, 2 * 32 * 16 * 4
-    assert by_gate[None] == small + 2 * large
-    assert {names[k]: by_gate[k] for k in range(len(names))} == {"0.weight": small, "1.weight": large}
+    assert by_gate[None] == small + large
+    found = {names[k]: by_gate[k] for k in range(len(names))}
+    assert found == {"0.weight": small + large, "1.weight": large}, "the first needs the gradient between the two"
 
 
 def test_work_survives_json():

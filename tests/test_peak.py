@@ -229,7 +229,7 @@ def test_the_allocator_agrees_for_any_pattern(preset):
         assert session.predict_peak(frozenset(names) - frozenset(closed)) == session.predict_peak()
     plan = session.plan
     assert plan.peak is not None and plan.peak.closed_bytes < plan.peak.open_bytes == plan.peak.worst_bytes
-    assert "step peak, predicted" in str(plan) and "alive at the worst peak" in str(plan)
+    assert "step peak, predicted" in str(plan) and "alive at the peak, slimfit_fx" in str(plan)
     with pytest.raises(ValueError, match=r"'up.wieght' is no unit \(did you mean 'up.weight'\?\)"):
         session.predict_peak(["up.wieght"])
 
