@@ -71,8 +71,11 @@ def lower_with_inductor(
 
     patches: dict[str, Any] = {
         "custom_partitioner_fn": partitioner,
-        # a branch makes a graph uncacheable unless it is vouched for: ours holds plain operators and no state
-        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": torch.__version__},
+        # a branch or a block makes a graph uncacheable unless it is vouched for: ours holds plain operators and no state
+        "unsafe_marked_cacheable_functions": {
+            "torch.ops.higher_order.cond": torch.__version__,
+            "torch.ops.higher_order.invoke_subgraph": torch.__version__,
+        },
     }
     if hasattr(inductor_config, "reorder_for_peak_memory"):
         # it takes a branch for the gradient it may return, and puts it off to the end, with all that the branch reads
