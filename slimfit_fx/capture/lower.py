@@ -71,7 +71,7 @@ def lower_with_inductor(
 
     patches: dict[str, Any] = {
         "custom_partitioner_fn": partitioner,
-        # a branch or a block makes a graph uncacheable unless it is vouched for: ours holds plain operators and no state
+        # branches and blocks make a graph uncacheable unless vouched for: ours hold plain operators and no state
         "unsafe_marked_cacheable_functions": {
             "torch.ops.higher_order.cond": torch.__version__,
             "torch.ops.higher_order.invoke_subgraph": torch.__version__,
