@@ -57,6 +57,20 @@ def test_a_straight_peak_takes_few_looks(limit):
     assert len(set(asked)) <= 5
 
 
+@pytest.mark.parametrize("floor", [20_000, 100_000, 990_000])
+def test_a_peak_that_is_flat_at_first_takes_few_looks(floor):
+    """The optimizer's step takes the same whatever the batch."""
+    asked = set()
+
+    def takes(candidate: int, batch: int) -> int:
+        asked.add((candidate, batch))
+        return max(floor, 10_000 + 700 * batch)
+
+    batch, _ = largest_batch(takes, lambda c, b: takes(c, b) <= 10**6, 1, 10**6, start=3, base_bytes=9000)
+    assert batch == (10**6 - 10_000) // 700
+    assert len(asked) <= 12 and max(b for _, b in asked) < 8 * batch
+
+
 def test_a_peak_that_does_not_grow_ends_at_the_largest_batch_looked_at():
     assert largest_batch(lambda c, b: 5, lambda c, b: True, 1, 10, start=8, most=1000) == (1000, 0)
     assert largest_batch(lambda c, b: 50, lambda c, b: False, 2, 10, start=8, most=1000) == (0, 1)

@@ -6,12 +6,14 @@ fits, whose successor was seen not to fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 Takes = Callable[[int, int], int]
 """(candidate, batch) -> bytes that a step takes."""
 _PATIENCE = 8
 """Guesses by a straight line; after them, halving."""
+_GROWTH = 8
 
 
 def largest_batch(
@@ -67,16 +69,37 @@ def _largest_of(takes: Callable[[int], int], limit: int, start: int, base_bytes:
 
 
 def _guess(known: Mapping[int, int], limit: int, low: int, high: int, base_bytes: int) -> int:
-    """A batch strictly between ``low`` and ``high``, where a straight line through what is known meets the limit."""
-    if len(known) > _PATIENCE:
-        return (low + high) // 2
-    if len(known) == 1:
-        ((b, size),) = known.items()
-        slope, (at, there) = max(1.0, (size - base_bytes) / b), (b, size)
+    """A batch strictly between ``low`` and ``high``, where a straight line through what is known meets the limit.
+
+    Small batches may all take the same, what the optimizer's step takes: a line through those leads nowhere, so that
+    the batch grows by a factor instead, and lines go through what is too large.
+    """
+    if high not in known:
+        meets = _beyond(known, limit, low, base_bytes)
+    elif len(known) > _PATIENCE:
+        meets = (low + high) // 2
+    elif low not in known or any(b < low and size == known[low] for b, size in known.items()):
+        meets = _before(known, limit, high, base_bytes)
+    elif high > _GROWTH * low:
+        meets = math.sqrt(low * high)
     else:
-        near = sorted(known, key=lambda b: abs(known[b] - limit))[:2]
-        first, second = sorted(near)
-        slope = max(1.0, (known[second] - known[first]) / (second - first))
-        at, there = first, known[first]
-    meets = at + (limit - there) / slope
+        meets = low + (limit - known[low]) * (high - low) / (known[high] - known[low])
     return int(min(max(meets, low + 1), high - 1))
+
+
+def _before(known: Mapping[int, int], limit: int, high: int, base_bytes: int) -> float:
+    """A batch below ``high``, the smallest that was tried and is too large, where those that fit lie on no line."""
+    above = min((b for b in known if b > high), default=0)
+    slope = (known[above] - known[high]) / (above - high) if above else 0.0
+    if slope <= 0:
+        return high * (limit - base_bytes) / max(1, known[high] - base_bytes)
+    return high - (known[high] - limit) / slope
+
+
+def _beyond(known: Mapping[int, int], limit: int, low: int, base_bytes: int) -> float:
+    """A batch above ``low``, the largest that was tried, which fits."""
+    below = max((b for b in known if b < low), default=0)
+    if not below:
+        return max(2.0 * low, low * (limit - base_bytes) / max(1, known[low] - base_bytes))
+    slope = (known[low] - known[below]) / (low - below)
+    return low + (limit - known[low]) / slope if slope > 0 else float(_GROWTH * low)
