@@ -11,12 +11,15 @@ from test_peak import Encoder, encoder_batch
 
 import slimfit_fx
 from bench.measure import step_peak
+from slimfit_fx.config import Config
 from slimfit_fx.planning.chart import draw_chart
 from slimfit_fx.planning.labels import GRADIENT, Label, read_label, saved_label
 from slimfit_fx.planning.peak import Event, StepTrace
 from slimfit_fx.planning.picture import check_picture, curve_points, save_picture
 from slimfit_fx.planning.table import alive_lines
 from slimfit_fx.planning.timeline import AliveRow, Timeline, read_timeline
+from slimfit_fx.rehearsal import Rehearsal
+from slimfit_fx.units import find_units
 
 TRACE = StepTrace(
     (Event(30, 0), Event(20, 1, frozenset([0])), Event(40, 2), Event(-40, 2), Event(60, 3), Event(-30, 0)),
@@ -81,6 +84,15 @@ def test_points_of_a_curve_keep_every_value():
 def compared():
     torch.manual_seed(0)
     return slimfit_fx.plan(Encoder(), *encoder_batch(), compare=True, preset="max")
+
+
+@pytest.mark.inductor
+def test_saved_values_are_named_by_module_and_encoding():
+    model = Encoder()
+    (graph,) = Rehearsal(model, find_units(model).units).graphs(Config(preset="max"), encoder_batch(), {}, peak=True)
+    named = [read_label(label) for label in graph.trace().labels.values()]
+    assert {"qkv", "up"} <= {label.module for label in named if label.kind == "saved"}
+    assert any(label.what.endswith(" encoded") for label in named), "int4 codes and their scales"
 
 
 @pytest.mark.inductor
