@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
+from slimfit_fx.capture.fallbacks import register_fallbacks
 from slimfit_fx.capture.partitioner import GatedPartitioner
 from slimfit_fx.graph.joint import module_path
 from slimfit_fx.passes.insert_codecs import ENCODED
@@ -86,6 +87,7 @@ def lower_with_inductor(
     if dry:
         patches |= _NO_FX_CACHE
         functorch |= _NO_CACHE
+    register_fallbacks()
     with torch._functorch.config.patch(functorch):
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile(codes, dry), config_patches=patches)
         return compiled

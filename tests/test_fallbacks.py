@@ -1,0 +1,43 @@
+"""Our operators are what they are from the first graph of a process on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimfit_fx.capture.fallbacks import register_fallbacks
+
+TWICE = """
+import slimfit_fx
+from slimfit_fx.config import Config
+from test_peak import Encoder, encoder_batch
+config = Config(preset="balanced", freeze_rate=0.6, recompute="blocks")
+print(*(slimfit_fx.plan(Encoder(), *encoder_batch(), config=config, peak=True).peak.worst_bytes for _ in range(2)))
+"""
+
+
+def test_every_operator_is_registered_with_its_layout():
+    import torch
+    from torch._inductor.lowering import constrain_to_fake_tensors, lowerings, maybe_layout_constraints
+
+    register_fallbacks()
+    namespace = "slimfit_fx::"
+    defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace)}
+    assert defined
+    for name in defined:
+        op = getattr(torch.ops.slimfit_fx, name.removeprefix(namespace)).default
+        assert op in lowerings and maybe_layout_constraints(op) is constrain_to_fake_tensors, name
+
+
+@pytest.mark.inductor
+def test_the_first_plan_of_a_process_equals_the_second():
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    ran = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    first, second = map(int, ran.stdout.split())
+    assert first == second > 0
