@@ -47,3 +47,9 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def cheap_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets try presets, but not to run products or blocks again: a third of the plans."""
+    monkeypatch.setattr("slimfit_fx.planning.budget.RECOMPUTE", ("cheap",))

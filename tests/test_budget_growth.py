@@ -7,7 +7,8 @@ import warnings
 import pytest
 import sympy
 import torch
-from test_peak import Encoder, encoder_batch, measured
+from small import Small, small_batch
+from test_peak import measured
 
 import slimfit_fx
 from slimfit_fx.capture.fit import SizeWatch
@@ -16,7 +17,7 @@ from slimfit_fx.planning.budget import Judged
 from slimfit_fx.planning.sizes import SymbolicTensor, describe_inputs, read_symbols, value_at
 from slimfit_fx.session import Session
 
-LIMIT = 6_000_000
+LIMIT = 4_500_000
 
 
 def test_plain_sizes_have_no_symbols():
@@ -62,40 +63,42 @@ def train(model: torch.nn.Module, batch: tuple[torch.Tensor, ...], *, mark: bool
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_only")
 @pytest.mark.parametrize("kind", ["static", "automatic", "marked"])
 def test_a_larger_batch_is_planned_again(kind):
     torch.manual_seed(0)
     dynamic = False if kind == "static" else None
-    model = slimfit_fx.optimize(Encoder(), preset="max", memory_budget=LIMIT, freeze_rate=0.6, dynamic=dynamic)
+    model = slimfit_fx.optimize(Small(), preset="max", memory_budget=LIMIT, freeze_rate=0.6, dynamic=dynamic)
     session = slimfit_fx.session(model)
-    first = [train(model, encoder_batch(b), mark=kind == "marked") for b in (8, 12)]
+    first = [train(model, small_batch(b), mark=kind == "marked") for b in (8, 12)]
     assert max(first) <= LIMIT and session.plan.preset == "exact"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert train(model, encoder_batch(40), mark=kind == "marked") <= LIMIT
+        assert train(model, small_batch(40), mark=kind == "marked") <= LIMIT
     again = [str(w.message) for w in said if "the model is compiled again with a smaller one" in str(w.message)]
     assert len(again) == (kind != "static"), "a static graph is compiled for the new batch anyway"
     assert session.plan.preset == "balanced"
-    with pytest.warns(RuntimeWarning, match=r"nothing fits into 5.7 MiB.*training goes on with the smallest plan"):
-        assert train(model, encoder_batch(70), mark=kind == "marked") > LIMIT
+    with pytest.warns(RuntimeWarning, match=r"nothing fits into 4.3 MiB.*training goes on with the smallest plan"):
+        assert train(model, small_batch(70), mark=kind == "marked") > LIMIT
     compiles = session.compiles
-    assert train(model, encoder_batch(8), mark=kind == "marked") <= LIMIT
+    assert train(model, small_batch(8), mark=kind == "marked") <= LIMIT
     assert kind == "static" or session.compiles == compiles
 
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_only")
 def test_gradients_of_earlier_micro_batches_are_counted():
-    batch, plans = encoder_batch(24, 48), {}
+    batch, plans = small_batch(24, 48), {}
     for accumulates in (False, True):
         settings = {"preset": "balanced", "freeze_rate": 0.6, "gradient_accumulation": accumulates}
         config = Config(**settings, memory_budget=1)
         with pytest.raises(slimfit_fx.MemoryBudgetError) as error:
-            slimfit_fx.plan(Encoder(), *batch, config=config)
+            slimfit_fx.plan(Small(), *batch, config=config)
         plans[accumulates] = error.value.smallest_bytes
     assert "accumulated gradients" in str(error.value)
     torch.manual_seed(0)
-    model = slimfit_fx.optimize(Encoder(), preset="balanced", freeze_rate=0.6, memory_budget=plans[False])
+    model = slimfit_fx.optimize(Small(), preset="balanced", freeze_rate=0.6, memory_budget=plans[False])
     optimizer = torch.optim.AdamW(model.parameters())
     model(*batch).backward()
     with pytest.warns(RuntimeWarning, match="gradient_accumulation was not set|nothing fits into"):
@@ -105,7 +108,7 @@ def test_gradients_of_earlier_micro_batches_are_counted():
 
     torch._dynamo.reset()
     model = slimfit_fx.optimize(
-        Encoder(), preset="balanced", freeze_rate=0.6, memory_budget=plans[True], gradient_accumulation=True
+        Small(), preset="balanced", freeze_rate=0.6, memory_budget=plans[True], gradient_accumulation=True
     )
     model(*batch).backward()
     earlier = sum(p.grad.numel() * 4 for p in model.parameters() if p.grad is not None)

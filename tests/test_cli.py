@@ -217,6 +217,7 @@ def test_plan_for_real(tmp_path):
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_only")
 def test_fit_for_real(tmp_path):
     config = transformers.BertConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=100

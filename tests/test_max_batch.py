@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_peak import Encoder, encoder_batch
+from small import Small, small_batch
 
 import slimfit_fx
 from slimfit_fx.fit import SizedExample
@@ -44,31 +44,32 @@ def test_the_batch_is_the_size_that_most_inputs_share(example, batched, size):
 )
 def test_examples_without_a_batch(example, error, match):
     with pytest.raises(error, match=match):
-        slimfit_fx.max_batch(Encoder(), example, 10**6)
+        slimfit_fx.max_batch(Small(), example, 10**6)
 
 
 def test_settings_are_checked_first():
     with pytest.raises(ValueError, match="memory_budget must be bytes, .*got '6 gigs'"):
-        slimfit_fx.max_batch(Encoder(), encoder_batch(2), "6 gigs")
+        slimfit_fx.max_batch(Small(), small_batch(2), "6 gigs")
 
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_only")
 def test_the_largest_batch_fits_and_the_next_does_not():
     settings = {"preset": "exact", "freeze_rate": 0.6}
-    found = slimfit_fx.max_batch(Encoder(), encoder_batch(3, 16), 3_000_000, **settings)
+    found = slimfit_fx.max_batch(Small(), small_batch(3, 16), 3_000_000, **settings)
     assert found.peak_bytes <= found.budget_bytes == 3_000_000 < found.next_peak_bytes
     assert found.batched == ("argument 0", "argument 1") and found.dry_runs <= 8
     assert found.plan.peak is not None and json.loads(json.dumps(found.to_dict()))["batch"] == found.batch
     assert f"largest batch: {found.batch} (argument 0, argument 1: first dimension)" in str(found)
 
-    plan = slimfit_fx.plan(Encoder(), *encoder_batch(found.batch, 16), memory_budget=3_000_000, **settings)
+    plan = slimfit_fx.plan(Small(), *small_batch(found.batch, 16), memory_budget=3_000_000, **settings)
     assert plan.peak == found.plan.peak, "optimize takes the plan that was found"
     with pytest.raises(slimfit_fx.MemoryBudgetError) as error:
-        slimfit_fx.plan(Encoder(), *encoder_batch(found.batch + 1, 16), memory_budget=3_000_000, **settings)
+        slimfit_fx.plan(Small(), *small_batch(found.batch + 1, 16), memory_budget=3_000_000, **settings)
     assert error.value.smallest_bytes == found.next_peak_bytes
 
     with pytest.raises(slimfit_fx.MemoryBudgetError, match="not even a batch of 1 fits into 0.5 MiB") as error:
-        slimfit_fx.max_batch(Encoder(), encoder_batch(3, 16), 500_000, **settings)
+        slimfit_fx.max_batch(Small(), small_batch(3, 16), 500_000, **settings)
     smallest = error.value.smallest_bytes
-    assert slimfit_fx.max_batch(Encoder(), encoder_batch(1, 16), smallest, **settings).batch >= 1
+    assert slimfit_fx.max_batch(Small(), small_batch(1, 16), smallest, **settings).batch >= 1

@@ -17,7 +17,7 @@ import torch
 from slimfit_fx.capture.partitioner import PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout, hint
-from slimfit_fx.planning.budget import Budget, Judged, judge, saved_alone_exceed
+from slimfit_fx.planning.budget import Budget, Judged, held_alone, judge
 from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
@@ -53,27 +53,41 @@ def judged_under(config: Config, step: StepTrace, budget: Budget) -> Judged:
     return judge(config, step, budget.fixed(), budget.open_count, accumulates=budget.accumulates)
 
 
-def first_that_fits(
-    configs: Sequence[Config], attempt: Callable[[Config, Callable[[GraphPlan], bool] | None], Attempt], budget: Budget
-) -> tuple[Attempt, bool]:
+AttemptMaker = Callable[[Config, Callable[[GraphPlan], bool] | None], Attempt]
+"""Plans one candidate; raises ``PlanTooLarge`` if what it is given says so of the plan alone."""
+
+
+def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Budget) -> tuple[Attempt, bool]:
     """(the first candidate that fits, True), or (the smallest one, False).
 
-    A candidate whose saved values alone are too much is given up before its code is written, the last one excepted: so
-    that there is always one to tell of.
+    A candidate whose saved values alone are too much is given up before its code is written. If nothing fits, those
+    that may still be the smallest are planned to the end, so that what is said to fit is the least that does.
     """
     seen: list[Attempt] = []
-    for index, config in enumerate(configs):
-        last = index == len(configs) - 1
+    given_up: list[tuple[int, Config]] = []
+    for config in configs:
+        held: list[int] = []
         try:
-            found = attempt(config, None if last else lambda plan: saved_alone_exceed(plan, budget))
+            found = attempt(config, lambda plan, held=held: _exceeds(plan, budget, held))  # type: ignore[misc]
         except PlanTooLarge:
-            log.info("budget: %s holds too much between forward and backward alone", config.label)
+            log.info("budget: %s holds %d bytes between forward and backward alone", config.label, held[-1])
+            given_up.append((held[-1], config))
             continue
         log.info("budget: %s takes %d bytes", config.label, found.judged.total_bytes)
         seen.append(found)
         if fits(found.judged, budget):
             return found, True
+    for least, config in sorted(given_up, key=lambda pair: pair[0]):
+        if all(least < known.judged.total_bytes for known in seen):
+            seen.append(attempt(config, None))
+            log.info("budget: %s takes %d bytes", config.label, seen[-1].judged.total_bytes)
     return min(seen, key=lambda a: a.judged.total_bytes), False
+
+
+def _exceeds(plan: GraphPlan, budget: Budget, held: list[int]) -> bool:
+    """Whether ``plan`` is too much already; ``held`` receives what it holds."""
+    held.append(held_alone(plan, budget))
+    return held[-1] > budget.limit
 
 
 def trace_at(

@@ -150,8 +150,8 @@ def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int, 
     return Judged(config, worst, fixed.total + max(earlier + worst, fixed.update))
 
 
-def saved_alone_exceed(plan: GraphPlan, budget: Budget) -> bool:
-    """Whether what ``plan`` holds between forward and backward is clearly too much: then no code need be written.
+def held_alone(plan: GraphPlan, budget: Budget) -> int:
+    """Bytes that a step with ``plan`` takes at least, before any code is written: what is held to its backward.
 
     The saved values of a graph never share memory, and all of them are alive at once; a tenth is left for what Inductor
     may still merge.
@@ -163,7 +163,7 @@ def saved_alone_exceed(plan: GraphPlan, budget: Budget) -> bool:
     held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
     held += sum(heapq.nlargest(budget.open_count, by_gate.values()))
     fixed = budget.fixed()
-    return fixed.total + (fixed.gradients if budget.accumulates else 0) + 0.9 * held > budget.limit
+    return fixed.total + (fixed.gradients if budget.accumulates else 0) + int(0.9 * held)
 
 
 def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -> str:
