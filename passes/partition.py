@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
 from slimfit_fx.graph import ops
@@ -56,6 +57,8 @@ def split_joint(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph modules; the recompute tags are gone from both."""
     forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
+    if isinstance(forward, _LazyGraphModule):  # torch forgets it for backward, whose code each pass would write again
+        backward = _LazyGraphModule.from_graphmodule(backward)
     for graph_module in (forward, backward):
         for node in graph_module.graph.nodes:
             node.meta.pop("recompute", None)

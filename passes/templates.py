@@ -13,6 +13,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._mode_utils import no_dispatch
+
+from slimfit_fx.graph import ops
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -59,11 +62,22 @@ class TemplateWriter:
                         node.target, *fx.map_arg((node.args, node.kwargs), lambda n: env[n])
                     )
                     env[node].meta = dict(meta)
-                    env[node].meta["val"] = run_fake(self.mode, env[node])
+                    env[node].meta["val"] = self._value_of(env[node], node.meta.get("val"))
                 elif node.op == "output":
                     flat = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
                     results = [env[n] for n in flat]
         return results
+
+    def _value_of(self, call: fx.Node, traced: Any) -> Any:
+        """The example value of a call; ``traced`` is that of the same call with operands of the same layout.
+
+        Computed again only where it must be: for a view, which shares storage, and for symbolic sizes.
+        """
+        if not isinstance(traced, FakeTensor) or traced._has_symbolic_sizes_strides or ops.is_view(call):
+            return run_fake(self.mode, call)
+        with no_dispatch():
+            layout = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device="meta")
+        return FakeTensor(self.mode, layout, traced.device)
 
     def _trace(self, function: Callable[..., Any], operands: Sequence[fx.Node], key: Hashable) -> fx.Graph:
         full_key = (key, tuple(_signature(n.meta["val"]) for n in operands))
