@@ -28,6 +28,7 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import graph_text, value_text
 from slimfit_fx.graph.repeats import Window, arguments_of, cuts, find_run
+from slimfit_fx.graph.retrace import survives_pickling
 from slimfit_fx.graph.symbols import missing_symbols
 
 log = logging.getLogger("slimfit_fx.passes")
@@ -226,7 +227,9 @@ def _body(module: fx.GraphModule, block: Block) -> fx.GraphModule:
     for node in window:
         env[node] = graph.node_copy(node, inside)
     graph.output(tuple(env[window[place]] for place in block.results))
-    return fx.GraphModule(submodules, graph)
+    inside_block = fx.GraphModule(submodules, graph)
+    survives_pickling(inside_block)
+    return inside_block
 
 
 def _seeds_first(graph: fx.Graph) -> None:

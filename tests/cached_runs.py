@@ -13,20 +13,28 @@ from typing import Any
 
 import torch
 from reference import optimized, step
+from small_models import Tiny, tokens
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from tower import Tower, rows
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """One step with the unit ``up.weight`` closed. ``forget_plans`` is no setting: it removes the plans on disk."""
+    """One step with a unit closed, of a ``Tower`` or, if ``depth`` is given, of a ``Tiny`` with so many blocks.
+
+    ``forget_plans`` is no setting either: it removes the plans on disk.
+    """
     torch._dynamo.reset()
     counters.clear()
     if settings.pop("forget_plans", False):
         shutil.rmtree(pathlib.Path(cache_dir()) / "slimfit_fx")
-    model, session = optimized(Tower(), **{"executor": "inductor", "scheduler": "none", **settings})
-    session.freeze("up.weight")
-    loss, grads = step(model, model, rows())
+    depth = settings.pop("depth", 0)
+    made, inputs, closed = (
+        (Tiny(depth=depth), tokens(), "blocks.2.up.weight") if depth else (Tower(), rows(), "up.weight")
+    )
+    model, session = optimized(made, **{"executor": "inductor", "scheduler": "none", **settings})
+    session.freeze("blocks.2.up.weight" if depth else "up.weight")
+    loss, grads = step(model, model, inputs)
     return {
         "graphs": {key: counters["inductor"][f"fxgraph_cache_{key}"] for key in ("hit", "miss", "bypass")},
         "autograd": {key: counters["aot_autograd"][f"autograd_cache_{key}"] for key in ("hit", "miss", "bypass")},

@@ -73,6 +73,15 @@ def test_a_second_process_starts_warm(tmp_path):
     assert looked_up(other_scheduler) == HIT
 
 
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_blocks_with_branches_inside_are_read_from_the_caches(tmp_path):
+    settings = {"preset": "exact", "depth": 4, "min_bytes": 0}
+    (first,), (again,) = (process(tmp_path, name, settings) for name in ("first", "second"))
+    assert [looked_up(run) for run in (first, again)] == [MISS, HIT]
+    assert differences(first["grads"], again["grads"]) == [] and equal_bits(first["loss"], again["loss"])
+
+
 # ---- what names a partition
 
 

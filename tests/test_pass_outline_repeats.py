@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import pickle
 import re
 
 import pytest
@@ -255,6 +256,17 @@ def test_written_out_again_it_is_the_graph_it_was():
         strict=True,
     ):
         assert sorted(kinds(flat(new))) == sorted(kinds(old))
+
+
+def test_blocks_survive_being_pickled():
+    backward = outlined(5, "balanced")[1].work.pair().backward
+    blocks = [part for name, part in backward.named_children() if name.startswith("block_")]
+    cond, branches = torch.ops.higher_order.cond, 0
+    for block in blocks:
+        again = pickle.loads(pickle.dumps(block))
+        assert len(calls(again.graph, cond)) == len(calls(block.graph, cond))
+        branches += len(calls(again.graph, cond))
+    assert branches
 
 
 # ---- generated graphs
