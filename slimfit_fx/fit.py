@@ -111,8 +111,7 @@ def max_batch(
     if batch == 0:
         probes.refuse(budget.limit)
     taken = probes.takes(index, batch)
-    probes.takes(len(probes.configs) - 1, batch + 1)
-    more = min(judged.total_bytes for (_, size), judged in probes.known.items() if size == batch + 1)
+    more = probes.smallest_at(batch + 1).total_bytes
     return LargestBatch(
         batch, taken.total_bytes, budget.limit, more, taken.config, probes.plan(index, batch), sized.batched,
         len(probes.known), len(probes.given_up),
@@ -153,8 +152,13 @@ class _Probes:
         config = dataclasses.replace(self.configs[candidate], memory_budget=None)
         return self.rehearsal.plan(config, *self.example.at(batch), peak=True)
 
+    def smallest_at(self, batch: int) -> Judged:
+        """The smallest of the steps that were run dry at this size, the last candidate's among them."""
+        self.takes(len(self.configs) - 1, batch)
+        return min((j for (_, size), j in self.known.items() if size == batch), key=lambda judged: judged.total_bytes)
+
     def refuse(self, limit: int) -> None:
-        best = min((self.takes(c, 1) for c in range(len(self.configs))), key=lambda judged: judged.total_bytes)
+        best = self.smallest_at(1)
         raise MemoryBudgetError(
             f"memory_budget: not even a batch of 1 fits into {format_bytes(limit)}: the smallest step takes "
             f"{format_bytes(best.total_bytes)} ({best.config.label}); a budget of that size would do, or a "

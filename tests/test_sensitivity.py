@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_models import Tiny, tokens
 
 import slimfit_fx
+from bench import report, sensitivity
 from slimfit_fx.config import FALLBACK, PRESETS, Config, resolve
 from slimfit_fx.planning.budget import candidates
 from slimfit_fx.planning.sensitivity import (
@@ -60,6 +61,11 @@ def test_the_table_says_where_it_is_from():
         assert task["command"].startswith("python -m bench.sensitivity") and task["versions"]["torch"]
     assert {row["task"] for row in data["rows"]} == {task["task"] for task in data["tasks"]}
     assert all(row["gradient_error"] > 0 and row["bytes_before"] > row["bytes_after"] > 0 for row in data["rows"])
+
+
+def test_the_package_holds_what_the_benchmark_measured(tmp_path):
+    sensitivity.write_table(report.RESULTS, tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text()) == packaged(), "python -m bench.sensitivity --table"
 
 
 def test_fewer_bits_cost_more():
