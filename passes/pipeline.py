@@ -45,6 +45,8 @@ class Settings:
     disabled: tuple[str, ...] = ()
     recompute_price: float = 1.0
     recompute: str = "cheap"
+    why_milder: Callable[[str], str | None] = lambda kind: None
+    """Why a kind's codec is not that of the preset; None if it is."""
     outline: bool = True
     """Whether identical blocks become calls of one subgraph: of use to a compiler, of none to the interpreter."""
 
@@ -198,6 +200,7 @@ def _plan(work: Work, settings: Settings) -> int:
         min_bytes=settings.min_bytes,
         recompute_price=settings.recompute_price,
         recompute=settings.recompute,
+        why_milder=settings.why_milder,
     )
     work.planning = planner.plan()
     return tag_cut(work.joint.module, work.planning)

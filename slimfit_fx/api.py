@@ -88,6 +88,7 @@ def plan(
     units: Any = None,
     codecs: Any = None,
     memory_budget: int | float | str | None = None,
+    max_gradient_error: float | None = None,
     peak: bool = False,
     compare: bool = False,
     **kwargs: Any,
@@ -105,7 +106,7 @@ def plan(
         ValueError: bad settings, nothing freezable, or a model that cannot be captured (the reason is in the message).
     """
     given = {"preset": preset, "freeze_rate": freeze_rate, "units": units, "codecs": codecs}
-    given["memory_budget"] = memory_budget
+    given |= {"memory_budget": memory_budget, "max_gradient_error": max_gradient_error}
     settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
     chosen, (found, _) = checked_settings(model, config, settings, plan_only=True)
     return Rehearsal(model, found).plan(chosen, args, kwargs, peak=peak or compare, compare=compare)

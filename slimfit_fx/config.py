@@ -7,12 +7,13 @@ kept as it is. ``None`` on a line says so outright: keep this kind whatever the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slimfit_fx._suggest import unknown
@@ -52,8 +53,8 @@ PRESETS: dict[str, CodecTable] = {
     },
     # Eight bits with a scale per group.
     "balanced": {"mask": "bits", "float": "int8"},
-    # Four bits; eight where they are read as weights (probabilities). Attention operands at four bits add little to the
-    # error of the rest (bench/sensitivity.py).
+    # Four bits; eight where they are read as weights (probabilities). What each line adds to the error of the gradient
+    # is in planning/sensitivity.json.
     "max": {"mask": "bits", "float": "int4", "attention_probs": "int8"},
 }
 LOSSLESS_PRESETS = frozenset({"exact"})
@@ -108,6 +109,9 @@ class Config:
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""
+    max_gradient_error: float | None = None
+    """Upper bound on the relative gradient error to expect of the codecs (planning/sensitivity.py). Where they exceed
+    it, milder ones are taken instead, first where the error costs most per byte."""
     recompute_price: float = 1.0
     """How dear it is to compute a value again, against the bytes of saving it; a lower price saves less."""
 
@@ -130,13 +134,30 @@ class Config:
 
     @property
     def codec_table(self) -> dict[str, str | None]:
-        """The preset's table with ``codecs`` laid over it."""
+        """The preset's table with ``codecs`` laid over it, before ``max_gradient_error``."""
         return {**PRESETS[self.preset], **(self.codecs or {})}
+
+    @property
+    def codec_map(self) -> dict[str, str | None]:
+        """What every kind is stored by: the table, made milder until ``max_gradient_error`` holds."""
+        if self.max_gradient_error is None:
+            return resolve(self.codec_table)
+        return resolve({**self.codec_table, **_bounded(tuple(self.codec_table.items()), self.max_gradient_error)})
+
+    @property
+    def expected_gradient_error(self) -> float | None:
+        """The relative gradient error to expect if values of every kind are stored; None if it was never measured."""
+        return _sensitivity().expected_error(self.codec_map)
 
     @property
     def label(self) -> str:
         """What names these settings among those that a budget tries."""
-        return f"preset {self.preset}" + ("" if self.recompute == "cheap" else f", recompute {self.recompute}")
+        changed = _changes(resolve(PRESETS[self.preset]), self.codec_map)
+        changes = [f"{kind} {codec or 'kept'}" for kind, codec in changed.items()]
+        return ", ".join([f"preset {self.preset}", *changes, *self._recomputes()])
+
+    def _recomputes(self) -> list[str]:
+        return [] if self.recompute == "cheap" else [f"recompute {self.recompute}"]
 
     def codec_for(self, kind: str) -> Codec | None:
         """Return the codec that stores values of this kind, or None if they are kept as they are.
@@ -151,11 +172,24 @@ class Config:
             return None
         if kind not in FALLBACK:
             raise ValueError(unknown("kind", kind, FALLBACK))
-        table, at = self.codec_table, kind
-        while at not in table and (up := FALLBACK[at]) is not None:
-            at = up
-        name = table.get(at)
+        name = self.codec_map[kind]
         return None if name is None else _codecs().get_codec(name)
+
+    def why_milder(self, kind: str) -> str | None:
+        """Why values of this kind are not stored as the table says; None if they are."""
+        asked = None if kind == "exact" else resolve(self.codec_table)[kind]
+        used = None if kind == "exact" else self.codec_map[kind]
+        if asked == used:
+            return None
+        return f"{used or 'kept'} instead of {asked}: max_gradient_error {self.max_gradient_error:g}"
+
+    def with_codecs(self, wanted: Mapping[str, str | None]) -> Config:
+        """These settings with the codecs of ``wanted`` for its kinds, and what the table says for all others."""
+        asked = resolve(self.codec_table)
+        changed = {kind: name for kind, name in wanted.items() if name != asked[kind]}
+        without = resolve({**self.codec_table, **changed})  # a general kind that changed takes others with it
+        held = {kind: name for kind, name in wanted.items() if name != without[kind]}
+        return replace(self, codecs={**(self.codecs or {}), **changed, **held} or None)
 
     def fingerprint(self) -> str:
         """Return a hash of what changes a compiled graph: equal in every process for equal settings.
@@ -171,12 +205,50 @@ class Config:
             "freeze_rate": round(self.freeze_rate, 4),
             "recompute_price": self.recompute_price,
             "recompute": self.recompute,
+            "milder": {kind: why for kind in FALLBACK if (why := self.why_milder(kind)) is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _WrongType(str):
     """A problem message about a type rather than a value."""
+
+
+def resolve(table: CodecTable) -> dict[str, str | None]:
+    """The codec of every kind under ``table``: its own line, or that of a more general kind."""
+
+    def look_up(kind: str) -> str | None:
+        at = kind
+        while at not in table and (up := FALLBACK[at]) is not None:
+            at = up
+        return table.get(at)
+
+    return {kind: look_up(kind) for kind in FALLBACK}
+
+
+def _changes(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Kind -> its codec, for those that changed; a general kind alone if all that went by it changed with it."""
+    changed = {kind: codec for kind, codec in after.items() if codec != before[kind]}
+
+    def follows(kind: str) -> bool:
+        up = FALLBACK[kind]
+        if up is None or before[kind] != before[up]:
+            return False
+        same = [k for k, above in FALLBACK.items() if above == up and before[k] == before[up]]
+        return all(after[k] == after[up] for k in same)
+
+    return {kind: codec for kind, codec in changed.items() if not follows(kind)}
+
+
+@functools.lru_cache(maxsize=256)
+def _bounded(table: tuple[tuple[str, str | None], ...], bound: float) -> dict[str, str | None]:
+    return _sensitivity().make_milder(resolve(dict(table)), bound)
+
+
+def _sensitivity() -> Any:
+    from slimfit_fx.planning import sensitivity  # not at the top: it reads a file
+
+    return sensitivity
 
 
 def _codecs() -> Any:
@@ -299,6 +371,20 @@ def _check_budget(config: Config) -> Iterable[str]:
         yield "memory_budget needs executor 'inductor', got 'interpreter': its peak is read off the compiled code"
 
 
+def _check_max_gradient_error(config: Config) -> Iterable[str]:
+    bound = config.max_gradient_error
+    if bound is None:
+        return
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Real):
+        yield _WrongType(f"max_gradient_error must be None or a number >= 0, got {bound!r}")
+    elif not 0 <= bound < float("inf"):
+        yield f"max_gradient_error must be a finite number >= 0 (0.05 allows five percent), got {bound!r}"
+    elif not any(problem for check in (_check_preset, _check_codecs) for problem in check(config)):
+        object.__setattr__(config, "max_gradient_error", float(bound))
+        for problem in _sensitivity().describe_unmeasured(resolve(config.codec_table)):
+            yield f"max_gradient_error {bound:g} cannot be promised: {problem}"
+
+
 def _check_price(config: Config) -> Iterable[str]:
     price = config.recompute_price
     if isinstance(price, bool) or not isinstance(price, numbers.Real):
@@ -318,5 +404,6 @@ _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_integers,
     _check_disabled_passes,
     _check_budget,
+    _check_max_gradient_error,
     _check_price,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from slimfit_fx.api import checked_settings
-from slimfit_fx.capture.fit import judged_under
+from slimfit_fx.capture.fit import fits, judged_under
+from slimfit_fx.capture.partitioner import PlanTooLarge
 from slimfit_fx.config import Config
-from slimfit_fx.planning.budget import Judged, MemoryBudgetError, candidates, format_bytes
-from slimfit_fx.planning.rows import MemoryPlan
+from slimfit_fx.planning.budget import (
+    Budget,
+    Judged,
+    MemoryBudgetError,
+    candidates,
+    format_bytes,
+    held_alone,
+)
+from slimfit_fx.planning.rows import GraphPlan, MemoryPlan
 from slimfit_fx.planning.search import largest_batch
 from slimfit_fx.rehearsal import Rehearsal, known_step
 
@@ -31,7 +39,7 @@ class LargestBatch:
     """With that batch."""
     budget_bytes: int
     next_peak_bytes: int
-    """With one example more: the smallest of all plans, and above the budget."""
+    """With one example more: the smallest of the plans that were run dry at that size; above the budget."""
     config: Config
     """The settings that ``optimize`` takes for this batch under this budget."""
     plan: MemoryPlan
@@ -39,12 +47,14 @@ class LargestBatch:
     batched: tuple[str, ...]
     """The inputs whose first dimension is the batch."""
     dry_runs: int
-    """How many steps were planned to find out."""
+    """How many steps were run dry to find out."""
+    given_up: int = 0
+    """How many more were planned only: their saved values alone were too much."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "plan")}
-        chosen = {"preset": self.config.preset, "recompute": self.config.recompute}
+        chosen = {name: getattr(self.config, name) for name in ("preset", "recompute", "codecs")}
         return {**own, **chosen, "plan": self.plan.to_dict()}
 
     def __str__(self) -> str:
@@ -52,7 +62,7 @@ class LargestBatch:
             f"largest batch: {self.batch} ({', '.join(self.batched)}: first dimension)\n"
             f"takes {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} with "
             f"{self.config.label}; a batch of {self.batch + 1} would take {format_bytes(self.next_peak_bytes)}\n"
-            f"{self.dry_runs} dry runs"
+            f"{self.dry_runs} dry runs; {self.given_up} more plans were given up before any code was written"
         )
 
 
@@ -92,7 +102,7 @@ def max_batch(
     budget = probes.rehearsal.budget(chosen)
     batch, index = largest_batch(
         lambda c, b: probes.takes(c, b).total_bytes,
-        lambda c, b: probes.takes(c, b).total_bytes <= budget.limit,
+        lambda c, b: probes.fits(c, b, budget),
         len(probes.configs),
         budget.limit,
         start=sized.size,
@@ -101,10 +111,10 @@ def max_batch(
     if batch == 0:
         probes.refuse(budget.limit)
     taken = probes.takes(index, batch)
-    more = min(probes.takes(c, batch + 1).total_bytes for c in range(index, len(probes.configs)))
+    more = probes.smallest_at(batch + 1).total_bytes
     return LargestBatch(
         batch, taken.total_bytes, budget.limit, more, taken.config, probes.plan(index, batch), sized.batched,
-        len(probes.known),
+        len(probes.known), len(probes.given_up),
     )  # fmt: skip
 
 
@@ -116,22 +126,37 @@ class _Probes:
     config: Config
     example: SizedExample
     known: dict[tuple[int, int], Judged] = field(default_factory=dict)
+    given_up: set[tuple[int, int]] = field(default_factory=set)
     configs: list[Config] = field(init=False)
 
     def __post_init__(self) -> None:
         self.configs = candidates(self.config)
 
-    def takes(self, candidate: int, batch: int) -> Judged:
+    def takes(self, candidate: int, batch: int, gives_up: Callable[[GraphPlan], bool] | None = None) -> Judged:
         key = (candidate, batch)
         if key not in self.known:
             config = self.configs[candidate]
-            graphs = self.rehearsal.graphs(config, *self.example.at(batch), peak=True)
+            graphs = self.rehearsal.graphs(config, *self.example.at(batch), peak=True, gives_up=gives_up)
             self.known[key] = judged_under(config, known_step(graphs), self.rehearsal.budget(config))
         return self.known[key]
+
+    def fits(self, candidate: int, batch: int, budget: Budget) -> bool:
+        """Whether ``budget`` holds; no code is written if the saved values alone tell."""
+        try:
+            judged = self.takes(candidate, batch, lambda plan: held_alone(plan, budget) > budget.limit)
+        except PlanTooLarge:
+            self.given_up.add((candidate, batch))
+            return False
+        return fits(judged, budget)
 
     def plan(self, candidate: int, batch: int) -> MemoryPlan:
         config = dataclasses.replace(self.configs[candidate], memory_budget=None)
         return self.rehearsal.plan(config, *self.example.at(batch), peak=True)
+
+    def smallest_at(self, batch: int) -> Judged:
+        """The smallest of the steps that were run dry at this size, the last candidate's among them."""
+        self.takes(len(self.configs) - 1, batch)
+        return min((j for (_, size), j in self.known.items() if size == batch), key=lambda judged: judged.total_bytes)
 
     def refuse(self, limit: int) -> None:
         best = min((self.takes(c, 1) for c in range(len(self.configs))), key=lambda judged: judged.total_bytes)

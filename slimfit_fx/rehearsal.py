@@ -15,13 +15,13 @@ from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
-from slimfit_fx.capture.partitioner import PlanReady
+from slimfit_fx.capture.partitioner import PlanReady, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
 from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
 from slimfit_fx.planning.peak import StepTrace
-from slimfit_fx.planning.rows import MemoryPlan
+from slimfit_fx.planning.rows import GraphPlan, MemoryPlan
 from slimfit_fx.planning.timeline import Timeline, read_timeline
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler
@@ -66,18 +66,28 @@ class Rehearsal:
         return found
 
     def graphs(
-        self, config: Config, args: Any, kwargs: Any, *, peak: bool, budget: Budget | None = None
+        self,
+        config: Config,
+        args: Any,
+        kwargs: Any,
+        *,
+        peak: bool,
+        budget: Budget | None = None,
+        gives_up: Callable[[GraphPlan], bool] | None = None,
     ) -> list[CapturedGraph]:
         """What is captured of a step under ``config``.
 
         Raises:
             MemoryBudgetError: nothing fits ``budget``.
+            PlanTooLarge: ``gives_up`` said so of the plan of a graph, before its code was written.
             ValueError: the model cannot be captured.
         """
         with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
             by_name = dict(real.named_parameters(remove_duplicate=False))
             gates = GateTable({u.name: [by_name[u.name]] for u in self.units})
-            backend = SlimFitBackend(config, gates, "inductor", plan_only=True, with_peak=peak, budget=budget)
+            backend = SlimFitBackend(
+                config, gates, "inductor", plan_only=True, with_peak=peak, budget=budget, gives_up=gives_up
+            )
             capture_only(real, backend, args, kwargs)
         return backend.graphs
 
@@ -129,7 +139,7 @@ def capture_only(model: nn.Module, backend: Callable[..., Any], args: Any, kwarg
     """Let dynamo capture one training forward for ``backend``, which ends it with ``PlanReady``.
 
     Raises:
-        MemoryBudgetError: the backend did.
+        MemoryBudgetError, PlanTooLarge: the backend did.
         ValueError: the model cannot be captured.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -139,7 +149,7 @@ def capture_only(model: nn.Module, backend: Callable[..., Any], args: Any, kwarg
             own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
             torch.compile(traceable(model), backend=backend, dynamic=False, **own)(*args, **kwargs)
     except Exception as error:
-        over = caused_by(error, MemoryBudgetError)
+        over = caused_by(error, MemoryBudgetError) or caused_by(error, PlanTooLarge)
         if over is not None:
             raise over from None
         if caused_by(error, PlanReady) is None:

@@ -22,7 +22,7 @@ from slimfit_fx.beside_steps import (
 )
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
-from slimfit_fx.config import Config
+from slimfit_fx.config import FALLBACK, Config
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
@@ -335,9 +335,19 @@ def build_plan(
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         optimizer_bytes=ADAMW_STATE_PER_BYTE * trainable if optimizer_bytes is None else optimizer_bytes,
     )
+    if any(graph.plan is None for graph in chosen):
+        known["expected_gradient_error"] = None
     fitted = [
         f"graph {i}: {g.chosen.label} was chosen to fit memory_budget={config.memory_budget!r}"
         for i, g in enumerate(chosen)
         if g.chosen is not None
     ]
-    return dataclasses.replace(merged, notes=(*merged.notes, *fitted), **known)
+    notes = (*merged.notes, *fitted, *_milder_codecs(chosen, config))
+    return dataclasses.replace(merged, notes=notes, **known)
+
+
+def _milder_codecs(graphs: Sequence[CapturedGraph], config: Config) -> list[str]:
+    """What ``max_gradient_error`` changed, once for all graphs."""
+    used = [graph.chosen or config for graph in graphs]
+    reasons = [f"{kind}: {why}" for one in used for kind in FALLBACK if (why := one.why_milder(kind)) is not None]
+    return list(dict.fromkeys(reasons))

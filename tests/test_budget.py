@@ -93,14 +93,30 @@ def test_candidates_go_from_the_least_lossy_to_what_was_asked_for_and_recompute_
         "exact": ["exact"] * 3,
         "paper": ["exact", "paper"] * 3,
         "balanced": ["exact", "balanced"] * 3,
-        "max": ["exact", "balanced", "max"] * 3,
+        "max": ["exact", "balanced", "max", "max", "max"] * 3,
     }
     levels = [c.recompute for c in candidates(Config(preset="balanced"))]
     assert levels == ["cheap", "cheap", "products", "products", "blocks", "blocks"]
     assert [c.recompute for c in candidates(Config(preset="exact", recompute="products"))] == ["products", "blocks"]
     chosen = candidates(Config(preset="max", codecs={"gelu_input": "int2"}, freeze_rate=0.5))
-    assert [c.codecs for c in chosen] == [None, None, {"gelu_input": "int2"}] * 3
+    assert [c.codecs for c in chosen if c.preset != "max"] == [None, None] * 3
+    assert [c.codecs for c in chosen][4::5] == [{"gelu_input": "int2"}] * 3
     assert {c.freeze_rate for c in chosen} == {0.5}
+
+
+def test_between_two_presets_some_kinds_have_the_codec_of_one_and_some_of_the_other():
+    _, balanced, *mixed, most = candidates(Config(preset="max"))[:5]
+    for one in mixed:
+        pairs = {kind: (balanced.codec_map[kind], codec) for kind, codec in one.codec_map.items()}
+        assert all(codec in (mild, most.codec_map[kind]) for kind, (mild, codec) in pairs.items())
+        assert one.codec_map not in (balanced.codec_map, most.codec_map)
+    assert all(one.codec_map["normalised"] == "int8" for one in mixed), "where the error costs most per byte"
+
+
+def test_a_codec_of_the_users_that_loses_less_is_kept_in_milder_presets():
+    chosen = candidates(Config(preset="max", codecs={"normalised": None, "gelu_input": "int2"}))
+    assert chosen[1].preset == "balanced" and chosen[1].codecs == {"normalised": None}
+    assert all(one.codec_map["normalised"] is None for one in chosen)
 
 
 TRACE = StepTrace((Event(100, 0), Event(40, 1, frozenset([0])), Event(30, 2, frozenset([1])), Event(-100, 0)), 1, {}, 2)

@@ -25,7 +25,7 @@ def run(monkeypatch):
 
     def fake_plan(model, **settings):
         asked.model, asked.settings = model, settings
-        return SimpleNamespace(to_json=lambda: '{"rows": []}')
+        return SimpleNamespace(to_dict=lambda: {"rows": []})
 
     monkeypatch.setattr(slimfit_fx, "plan", fake_plan, raising=False)
 
@@ -158,6 +158,27 @@ def test_plan_passes_budget_and_picture_on(run, monkeypatch, tmp_path):
     result = run("plan", *arguments, "--json")
     assert result.code == 0 and saved == [tmp_path / "a.html"]
     assert (result.asked.settings["memory_budget"], result.asked.settings["peak"]) == ("32GiB", True)
+    assert "max_gradient_error" not in result.asked.settings
+    assert (
+        run("plan", "gpt2", "--length", "8", "--max-gradient-error", "0.05").asked.settings["max_gradient_error"]
+        == 0.05
+    )
+
+
+def test_front_passes_everything_on_and_tells_what_it_does(run, monkeypatch, tmp_path):
+    asked, drawn = {}, []
+
+    def fake_front(model, example, *, say, **settings):
+        say("preset exact")
+        asked.update(settings, example=example)
+        return SimpleNamespace(to_dict=lambda: {"points": []}, save_picture=drawn.append)
+
+    monkeypatch.setattr(slimfit_fx, "front", fake_front)
+    options = ["--batch", "2", "--length", "8", "--freeze-rate", "0.5", "--picture", str(tmp_path / "a.png")]
+    result = run("front", "gpt2", *options, "--json")
+    assert result.code == 0 and json.loads(result.out) == {"points": []}
+    assert asked.pop("example")["input_ids"].shape == (2, 8) and asked == {"freeze_rate": 0.5}
+    assert drawn == [tmp_path / "a.png"] and "preset exact" in result.err.splitlines()
 
 
 @pytest.mark.parametrize("command", ["plan", "fit"])
@@ -181,6 +202,9 @@ def test_a_budget_that_nothing_fits_is_status_1(run, monkeypatch, command):
             "picture must be a .png or .html file, got 'x.svg'",
         ),
         (["fit", "gpt2"], "Missing option '--budget'"),
+        (["front", "gpt2", "--picture", "x.html"], "picture must be a .png file, got 'x.html'"),
+        (["front", "gpt2", "--freeze-rate", "90"], "freeze_rate must be in [0, 1), got 90"),
+        (["plan", "gpt2", "--max-gradient-error", "-1"], "max_gradient_error must be a finite number >= 0"),
     ],
 )
 def test_wrong_options_are_status_2(run, arguments, message):
@@ -213,6 +237,34 @@ def test_plan_for_real(tmp_path):
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "--batch", "4", "--length", "16", "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["rows"]
+
+
+def test_every_command_about_a_model_has_the_same_options():
+    for command in ("plan", "fit", "front"):
+        told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+        for option in ("--batch", "--length", "--resolution", "--freeze-rate", "--max-gradient-error", "--json"):
+            assert option in told, (command, option)
+        assert "--picture" in told and ("--preset" in told) == (command != "front")
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_front_for_real(tmp_path, monkeypatch):
+    """Fewer points than a user gets: each is a dry run."""
+    monkeypatch.setattr("slimfit_fx.tradeoff.RECOMPUTE", ("cheap",))
+    monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "presets", ("exact", "max"))
+    monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "shares", (0.5,))
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=100
+    )
+    config.save_pretrained(tmp_path)
+    options = ["--batch", "4", "--length", "16", "--json", "--picture", str(tmp_path / "front.png")]
+    result = CliRunner().invoke(app, ["front", str(tmp_path), *options])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    names = {point["name"] for point in found["points"]}
+    assert {"preset exact", "preset max", "torch.compile"} <= names and found["freeze_rate"] == 0.9
+    assert (tmp_path / "front.png").stat().st_size > 1000
 
 
 @pytest.mark.inductor

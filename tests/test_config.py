@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from slimfit_fx.config import FALLBACK, PRESETS, Config
+from slimfit_fx.config import FALLBACK, PRESETS, Config, resolve
 from slimfit_fx.schedule import OpenScheduler, RandomScheduler, UnitInfo
 
 codecs = pytest.importorskip("slimfit_fx.codecs")
@@ -73,6 +73,18 @@ def test_codecs_lie_over_the_preset():
     assert codec_name(config, "linear_input") == "int8"
 
 
+def test_labels_name_what_differs_from_the_preset():
+    assert Config(preset="max").label == "preset max"
+    assert Config(preset="max", codecs={"normalised": "int8"}).label == "preset max, normalised int8"
+    assert Config(preset="max", codecs={"float": "int8"}, recompute="blocks").label == (
+        "preset max, float int8, recompute blocks"
+    )
+    assert Config(codecs={"normalised": None, "mask": None}).label == "preset balanced, mask kept, normalised kept"
+    mixed = Config(preset="max").with_codecs({**resolve(PRESETS["max"]), "float": "int8", "normalised": "int8"})
+    assert mixed.label == "preset max, float int8, normalised int8"
+    assert codec_name(mixed, "gelu_input") == "int4" and codec_name(mixed, "attention_probs") == "int8"
+
+
 # ---- the object
 
 
@@ -111,8 +123,9 @@ def test_fingerprint_follows_what_changes_a_graph():
     base = Config()
     same = [{"seed": 3}, {"scheduler": "random"}, {"executor": "interpreter"}, {"codecs": {"float": "int8"}}]
     same += [{"freeze_rate": 0.9 + 1e-9}, {"strict": True}, {"distance": "relative_norm"}, {"units": "a"}]
+    same += [{"max_gradient_error": 5.0}]
     other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
-    other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}]
+    other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}, {"max_gradient_error": 0.001}]
     assert {dataclasses.replace(base, **change).fingerprint() for change in same} == {base.fingerprint()}
     prints = {dataclasses.replace(base, **change).fingerprint() for change in other}
     assert len(prints) == len(other) and base.fingerprint() not in prints
@@ -169,6 +182,10 @@ def test_fingerprint_is_the_same_in_another_process():
         ({"compile_eval": 1}, TypeError, "compile_eval must be True or False, got 1"),
         ({"debug": None}, TypeError, "debug must be True or False, got None"),
         ({"strict": "yes"}, TypeError, "strict must be True or False, got 'yes'"),
+        ({"max_gradient_error": "low"}, TypeError, "max_gradient_error must be None or a number >= 0, got 'low'"),
+        ({"max_gradient_error": True}, TypeError, "max_gradient_error must be None or a number >= 0, got True"),
+        ({"max_gradient_error": -0.1}, ValueError, "max_gradient_error must be a finite number >= 0 .*got -0.1"),
+        ({"max_gradient_error": float("nan")}, ValueError, "max_gradient_error must be a finite number >= 0 .*got nan"),
         ({"disabled_passes": "sink"}, TypeError, "disabled_passes must be a tuple of pass names, got 'sink'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -180,11 +197,13 @@ def test_bad_settings(setting, error, match):
 
 def test_all_problems_in_one_error():
     with pytest.raises(ValueError) as info:
-        Config(preset="ballanced", freeze_rate=2, scheduler="x", executor="y", seed="z", codecs={"a": "b"})
+        Config(
+            *("ballanced", 2, "x", {"a": "b"}), executor="y", seed="z", max_gradient_error=-1
+        )  # preset, freeze_rate, scheduler, codecs
     lines = str(info.value).splitlines()
     assert [line.split()[0] for line in lines] == [
         *("preset", "freeze_rate", "scheduler"),
-        *("codecs:", "codecs['a']", "executor", "seed"),
+        *("codecs:", "codecs['a']", "executor", "seed", "max_gradient_error"),
     ]
     with pytest.raises(TypeError, match=r"(?s)strict must .*seed must"):
         Config(seed="z", strict=0)  # type: ignore[arg-type]

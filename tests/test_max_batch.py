@@ -9,7 +9,11 @@ import torch
 from small import Small, small_batch
 
 import slimfit_fx
-from slimfit_fx.fit import SizedExample
+from slimfit_fx.config import Config
+from slimfit_fx.fit import SizedExample, _Probes
+from slimfit_fx.planning.budget import Budget, FixedBytes
+from slimfit_fx.rehearsal import Rehearsal
+from slimfit_fx.units import find_units
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -50,6 +54,14 @@ def test_examples_without_a_batch(example, error, match):
 def test_settings_are_checked_first():
     with pytest.raises(ValueError, match="memory_budget must be bytes, .*got '6 gigs'"):
         slimfit_fx.max_batch(Small(), small_batch(2), "6 gigs")
+
+
+def test_plans_whose_saved_values_alone_are_too_much_cost_no_dry_run():
+    model, config = Small(), Config(preset="exact", memory_budget=10**9)
+    probes = _Probes(Rehearsal(model, find_units(model).units, faked=True), config, SizedExample.of(small_batch()))
+    held = Budget(1000, 1, lambda: FixedBytes(0, 0, 0, 0))
+    assert not probes.fits(0, 500, held)
+    assert probes.given_up == {(0, 500)} and probes.known == {}
 
 
 @pytest.mark.inductor

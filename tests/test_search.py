@@ -71,6 +71,24 @@ def test_a_peak_that_is_flat_at_first_takes_few_looks(floor):
     assert len(asked) <= 12 and max(b for _, b in asked) < 8 * batch
 
 
+def test_what_follows_from_other_batches_is_not_asked():
+    """What failed at a batch fails at a larger one: no candidate is asked about both."""
+    asked = []
+    slopes = [50, 40, 30, 11, 10, 12]
+
+    def fits(candidate: int, batch: int) -> bool:
+        asked.append((candidate, batch))
+        return slopes[candidate] * batch <= 10_000
+
+    batch, chosen = largest_batch(lambda c, b: slopes[c] * b, fits, len(slopes), 10_000, start=8)
+    assert (batch, chosen) == (1000, 4)
+    assert len(asked) == len(set(asked))
+    for candidate in range(len(slopes)):
+        about = [b for c, b in asked if c == candidate]
+        failed = [b for b in about if slopes[candidate] * b > 10_000]
+        assert len(failed) <= 1, (candidate, about)
+
+
 def test_a_peak_that_does_not_grow_ends_at_the_largest_batch_looked_at():
     assert largest_batch(lambda c, b: 5, lambda c, b: True, 1, 10, start=8, most=1000) == (1000, 0)
     assert largest_batch(lambda c, b: 50, lambda c, b: False, 2, 10, start=8, most=1000) == (0, 1)

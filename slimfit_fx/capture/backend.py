@@ -47,6 +47,8 @@ class SlimFitBackend:
     """With ``plan_only``: let Inductor write its code, too, so that the physical peak is known."""
     budget: InitVar[Budget | None] = None
     """What the steps of the model may take."""
+    gives_up: Callable[[GraphPlan], bool] | None = None
+    """Ends a rehearsal with ``PlanTooLarge`` when the plan of a graph tells enough."""
     _frames: set[int] = field(default_factory=set)
     _said: bool = False
 
@@ -76,7 +78,7 @@ class SlimFitBackend:
             if self.under is not None:
                 config = self._under_budget(self.under, gm, example_inputs, layout, captured)
                 check = functools.partial(self.under.check, captured)
-            partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak)
+            partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak, self.gives_up)
             captured.key = plan_key(gm.graph, example_inputs, str(partitioner.uuid()))
             compiled = self._lower(gm, example_inputs, partitioner, captured.codes)
             return bind_gates(compiled, layout, self._gates(), check)

@@ -131,6 +131,7 @@ def settings_of(config: Config) -> Settings:
 
     return Settings(
         codec_for=config.codec_for,
+        why_milder=config.why_milder,
         freeze_rate=config.freeze_rate,
         min_bytes=config.min_bytes,
         debug=config.debug,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slimfit_fx.config import RECOMPUTE, Config
+from slimfit_fx.config import FALLBACK, LOSSLESS_PRESETS, RECOMPUTE, Config
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
+from slimfit_fx.planning.sensitivity import held_bytes, loses_less, maps_between
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
+_MIXED = 2
+"""How many maps are tried between two presets."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 
@@ -136,8 +140,41 @@ def candidates(config: Config) -> list[Config]:
     run again only if nothing else fits.
     """
     levels = RECOMPUTE[RECOMPUTE.index(config.recompute) :]
-    weaker = [dataclasses.replace(config, preset=name, codecs=None) for name in _WEAKER[config.preset]]
-    return [dataclasses.replace(one, recompute=level) for level in levels for one in (*weaker, config)]
+    return [dataclasses.replace(one, recompute=level) for level in levels for one in _by_error(config)]
+
+
+def _by_error(config: Config) -> list[Config]:
+    """Milder settings and then ``config``: by the error to expect, and of those with the same codecs only the last."""
+    weaker = [_weaker(config, name) for name in _WEAKER[config.preset]]
+    mixed = _between(weaker[-1], config) if weaker and weaker[-1].preset not in LOSSLESS_PRESETS else []
+    different = {tuple(one.codec_map.items()): one for one in (*weaker, *mixed, config)}
+    return sorted(different.values(), key=_error_or_most)
+
+
+def _error_or_most(config: Config) -> float:
+    error = config.expected_gradient_error
+    return math.inf if error is None else error
+
+
+def _weaker(config: Config, preset: str) -> Config:
+    """``config`` with another preset, and the user's own codecs where they lose less than it does."""
+    plain = dataclasses.replace(config, preset=preset, codecs=None)
+    mine = config.codecs or {}
+    milder = {kind: codec for kind, codec in mine.items() if loses_less(kind, codec, plain.codec_map[kind])}
+    return dataclasses.replace(plain, codecs=milder or None)
+
+
+def _between(lower: Config, upper: Config) -> list[Config]:
+    """A few settings whose codecs are partly those of ``lower``, spread evenly over the bytes between the two.
+
+    More would serve a budget more closely, but each costs a dry run.
+    """
+    maps = maps_between(lower.codec_map, upper.codec_map)
+    sizes = [held_bytes(codecs) for codecs in maps]
+    least, most = held_bytes(upper.codec_map), held_bytes(lower.codec_map)
+    wanted = [least + (most - least) * k / (_MIXED + 1) for k in range(1, _MIXED + 1)]
+    nearest = {min(range(len(maps)), key=lambda i, w=w: abs(sizes[i] - w)) for w in wanted} if maps else set()  # type: ignore[misc]
+    return [upper.with_codecs(maps[i]) for i in nearest]
 
 
 def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int, *, accumulates: bool = False) -> Judged:
@@ -185,6 +222,8 @@ def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -
             lines.append(f"a batch of about {min(smaller, batch - 1)} instead of {batch} would fit")
     if best.config.preset != "max":
         lines.append("preset 'max' stores activations in four bits")
+    if any(best.config.why_milder(kind) for kind in FALLBACK):
+        lines.append(f"a max_gradient_error above {best.config.max_gradient_error:g} allows codecs of fewer bits")
     return "; ".join(lines)
 
 

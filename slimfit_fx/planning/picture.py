@@ -32,15 +32,15 @@ def save_picture(plan: MemoryPlan, path: Path) -> None:
         raise ValueError(f"picture must be a .png or .html file, got {str(path)!r}")
 
 
-def check_picture(path: Path) -> None:
-    """Say at once what ``save_picture`` would refuse.
+def check_picture(path: Path, kinds: Sequence[str] = (".png", ".html")) -> None:
+    """Say at once what ``save_picture`` would refuse. ``kinds``: the file names that it knows.
 
     Raises:
         ModuleNotFoundError: as ``save_picture``.
         ValueError: as ``save_picture``, or the folder does not exist.
     """
-    if path.suffix not in (".png", ".html"):
-        raise ValueError(f"picture must be a .png or .html file, got {str(path)!r}")
+    if path.suffix not in kinds:
+        raise ValueError(f"picture must be a {' or '.join(kinds)} file, got {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"picture: there is no folder {str(path.parent)!r}")
     if path.suffix == ".png":

@@ -98,10 +98,10 @@ def _refuse_codec(codec: Codec, spec: ValueSpec, size: int) -> str | None:
 class Planner:
     """Plans one joint graph.
 
-    ``codec_for(kind)`` is the preset's table; ``min_bytes`` leaves small values alone; ``recompute_price`` multiplies
-    every price of running an operator again. ``recompute``: what may run again at all, see ``Config.recompute``. Beyond
-    ``"cheap"`` the values that pass from one repeated block to the next are always saved, so that no chain of
-    recomputation runs through several blocks.
+    ``codec_for(kind)`` is the preset's table, ``why_milder(kind)`` why it is not; ``min_bytes`` leaves small values
+    alone; ``recompute_price`` multiplies every price of running an operator again. ``recompute``: what may run again at
+    all, see ``Config.recompute``. Beyond ``"cheap"`` the values that pass from one repeated block to the next are
+    always saved, so that no chain of recomputation runs through several blocks.
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class Planner:
         min_bytes: int,
         recompute_price: float = 1.0,
         recompute: str = "cheap",
+        why_milder: Callable[[str], str | None] = lambda kind: None,
     ) -> None:
+        self.why_milder = why_milder
         self.recompute_price, self.recompute = recompute_price, recompute
         self.joint, self.serves_of = joint, serves_of
         self.codec_for, self.freeze_rate, self.min_bytes = codec_for, freeze_rate, min_bytes
@@ -191,9 +193,9 @@ class Planner:
         return self._with_codec(node, kind)
 
     def _with_codec(self, node: fx.Node, kind: str) -> Decision:
-        codec = self.codec_for(kind)
+        codec, milder = self.codec_for(kind), self.why_milder(kind)
         if codec is None:
-            return Decision(kind, None, f"the preset keeps values of kind {kind}")
+            return Decision(kind, None, f"{kind}: {milder}" if milder else f"the preset keeps values of kind {kind}")
         if node in self.tainted and not codec.lossless:
             return Decision(kind, None, "may hold mask constants such as -inf")
         spec = value_spec(node.meta["val"])
@@ -202,7 +204,7 @@ class Planner:
         refusal = codec.refuses(spec) or _refuse_codec(codec, spec, nbytes(node))
         if refusal:
             return Decision(kind, None, f"{codec.name}: {refusal}")
-        return Decision(kind, codec, f"{kind}: {codec.name}")
+        return Decision(kind, codec, f"{kind}: {milder or codec.name}")
 
     def _save_cost(self, node: fx.Node) -> float:
         if node.op == "placeholder":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimfit_fx.planning.peak import PeakForecast
+from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.planning.timeline import Timeline
 
 
@@ -122,6 +123,8 @@ class MemoryPlan:
     before: Timeline | None = None
     """The same step under plain torch.compile, if it was compared."""
     before_unknown: str = ""
+    expected_gradient_error: float | None = None
+    """Relative error of the gradient to expect of the codecs in use (sensitivity.py); None if it is not known."""
 
     def with_comparison(self, before: Timeline | str) -> MemoryPlan:
         """The same plan with plain torch.compile's step beside it, or the reason why that is not known."""
@@ -218,4 +221,13 @@ def merge_plans(
         sum(compared) if compared and len(compared) == len(graphs) else None,
         refusals,
         notes,
+        expected_gradient_error=_expected_error(rows),
     )
+
+
+def _expected_error(rows: Sequence[PlanRow]) -> float | None:
+    stored: dict[tuple[str, str | None], int] = {}
+    for row in rows:
+        if not row.decision.startswith("recompute"):
+            stored[row.kind, row.codec] = stored.get((row.kind, row.codec), 0) + row.bytes_before
+    return expected_of(stored)

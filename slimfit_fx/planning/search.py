@@ -1,13 +1,15 @@
 """The largest batch that fits, with as few dry runs as may be: the peak is close to affine in the batch.
 
-Pure arithmetic on what the caller measures. The peak is taken to grow with the batch; the answer is always one that
-fits, whose successor was seen not to fit.
+Pure arithmetic on what the caller measures. The peak of a candidate is taken to grow with the batch: what did not fit
+fits no larger batch either, and what fits, fits any smaller one. The answer is always one that was seen to fit, and
+whose successor no candidate fits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 Takes = Callable[[int, int], int]
 """(candidate, batch) -> bytes that a step takes."""
@@ -30,29 +32,64 @@ def largest_batch(
 
     Args:
         takes: bytes by candidate and batch.
-        fits: whether they are within ``limit``; may know it more cheaply.
+        fits: whether they are within ``limit``; may know it more cheaply. Not asked where the answer follows.
         count: candidates, numbered from 0; the last one is likely the smallest.
         limit: bytes.
         start: the first batch that is tried.
         base_bytes: what is there whatever the batch, as far as it is known.
         most: the largest batch that is looked at.
     """
+    known = _Known(fits, dict.fromkeys(range(count), 0), dict.fromkeys(range(count), most + 1))
     best, batch = count - 1, 0
     while True:
-        grown = _largest_of(lambda b, c=best: takes(c, b), limit, max(start, batch + 1), base_bytes, most)  # type: ignore[misc]
+        grown = _largest_of(known.watch(takes, best, limit), limit, max(start, batch + 1), base_bytes, most)
         batch = max(batch, grown)
         if batch == 0:
-            others = (c for c in range(count - 1) if fits(c, 1))
+            others = (c for c in range(count - 1) if known.fits(c, 1))
             first = next(others, None)
             if first is None:
                 return 0, best
             best, start = first, 1
             continue
-        chosen = next((c for c in range(count) if fits(c, batch)), best)
-        better = None if batch >= most else next((c for c in range(chosen, count) if fits(c, batch + 1)), None)
+        chosen = next((c for c in range(count) if known.fits(c, batch)), best)
+        better = None if batch >= most else next((c for c in range(chosen, count) if known.fits(c, batch + 1)), None)
         if better is None:
             return batch, chosen
         best = better
+
+
+@dataclass
+class _Known:
+    """What was seen of each candidate: the largest batch that fits and the smallest that does not."""
+
+    ask: Callable[[int, int], bool]
+    fitting: dict[int, int]
+    failing: dict[int, int]
+
+    def fits(self, candidate: int, batch: int) -> bool:
+        """Whether ``batch`` fits; asked only if it does not follow."""
+        if batch <= self.fitting[candidate]:
+            return True
+        if batch >= self.failing[candidate]:
+            return False
+        return self._note(candidate, batch, self.ask(candidate, batch))
+
+    def watch(self, takes: Takes, candidate: int, limit: int) -> Callable[[int], int]:
+        """``takes`` of one candidate, whose answers are remembered."""
+
+        def watched(batch: int) -> int:
+            size = takes(candidate, batch)
+            self._note(candidate, batch, size <= limit)
+            return size
+
+        return watched
+
+    def _note(self, candidate: int, batch: int, fits: bool) -> bool:
+        if fits:
+            self.fitting[candidate] = max(batch, self.fitting[candidate])
+        else:
+            self.failing[candidate] = min(batch, self.failing[candidate])
+        return fits
 
 
 def _largest_of(takes: Callable[[int], int], limit: int, start: int, base_bytes: int, most: int) -> int:

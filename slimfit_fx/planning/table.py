@@ -84,7 +84,8 @@ def format_plan(plan: MemoryPlan, html: bool = False) -> str:
     elif plan.peak_unknown:
         parts.append(write.lines([f"Step peak: not known: {plan.peak_unknown}"]))
     legend = _LEGEND + (_PEAK_LEGEND if plan.peak is not None else ())
-    parts += [write.lines(lines) for lines in (_units(plan), _left_alone(plan), plan.notes, legend) if lines]
+    ends = (_units(plan), _accuracy(plan), _left_alone(plan), plan.notes, legend)
+    parts += [write.lines(lines) for lines in ends if lines]
     return "\n\n".join(parts)
 
 
@@ -298,6 +299,15 @@ def _units(plan: MemoryPlan) -> list[str]:
     lines = [f"{gated} of {len(plan.units)} gate units got their gate."]
     without = ((unit.name, unit.reason) for unit in plan.units if not unit.gated)
     return lines + [f"  without: {names}: {reason}" for names, reason in _by_reason(without)]
+
+
+def _accuracy(plan: MemoryPlan) -> list[str]:
+    error = plan.expected_gradient_error
+    if error is None:
+        why = "one of them was never measured, or a graph came from a compile cache"
+        return [f"Relative gradient error to expect of the codecs: not known: {why}."]
+    nothing = "" if error else " (nothing is lossy)"
+    return [f"Relative gradient error to expect of the codecs: {error:.3f}{nothing}."]
 
 
 def _left_alone(plan: MemoryPlan) -> list[str]:
