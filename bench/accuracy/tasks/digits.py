@@ -18,11 +18,9 @@ from slimfit_fx.demo.models import vision_transformer
 KNOWN = 5
 """Pretraining sees the digits below this one."""
 WIDTH, LAYERS = 128, 4
-COPIES = 4
-"""Each training image appears so often in an epoch, each time moved and scaled otherwise."""
 _RECIPES = {
-    "full": Recipe(epochs=6, batch=64, learning_rate=1e-3),
-    "quick": Recipe(epochs=3, batch=64, learning_rate=1e-3),
+    "full": Recipe(epochs=24, batch=64, learning_rate=1e-3),
+    "quick": Recipe(epochs=12, batch=64, learning_rate=1e-3),
 }
 _PRETRAINING_STEPS, _PRETRAINING_BATCH, _PRETRAINING_RATE = 300, 128, 1e-3
 
@@ -47,32 +45,26 @@ def digits_task(scale: str, cache: Path) -> Task:
 
 
 def load_splits() -> Splits:
-    """Half of the digits to train (augmented), a sixth to choose the learning rate, a third to test."""
+    """Half of the digits to train, a sixth to choose the learning rate, a third to test."""
     rest, test = digits()
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
     chosen, held_out = order[len(order) // 4 :], order[: len(order) // 4]
-    return Splits(multiplied(_take(rest, chosen), COPIES), _take(rest, held_out), test)
+    return Splits(_take(rest, chosen), _take(rest, held_out), test)
 
 
 def _take(examples: Examples, index: Tensor) -> Examples:
     return Examples({name: value[index] for name, value in examples.inputs.items()}, examples.labels[index])
 
 
-def multiplied(examples: Examples, copies: int) -> Examples:
-    """Each image ``copies`` times, augmented."""
-    images = examples.inputs["pixel_values"].repeat(copies, 1, 1, 1)
-    chance = torch.Generator().manual_seed(0)
-    return Examples({"pixel_values": augmented(images, chance)}, examples.labels.repeat(copies))
-
-
 def pretrain(examples: Examples, steps: int = _PRETRAINING_STEPS) -> dict[str, Any]:
-    """Train a ViT on ``examples`` (augmented ones) and return the weights of all but its classifier."""
+    """Train a ViT on ``examples``, moved, scaled and noisy, and return the weights of all but its classifier."""
     model = vision_transformer(KNOWN, width=WIDTH, layers=LAYERS, seed=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PRETRAINING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    chance = torch.Generator().manual_seed(0)
     bar = tqdm(range(steps), desc="digits: pretraining on 0 to 4", unit="step", dynamic_ncols=True)
     for _, batch in zip(bar, batches(examples, _PRETRAINING_BATCH, seed=0), strict=False):
-        model(**batch).loss.backward()
+        model(pixel_values=augmented(batch["pixel_values"], chance), labels=batch["labels"]).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

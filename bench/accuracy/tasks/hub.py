@@ -13,7 +13,7 @@ is reported. The learning rate is chosen on a tenth of the training part, which 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,7 @@ def _model(task: HubTask, source: str, seed: int) -> nn.Module:
     if task.metric is SQUAD_F1:
         return AutoModelForQuestionAnswering.from_pretrained(source)  # type: ignore[no-any-return]
     kind = "regression" if task.labels == 1 else "single_label_classification"
-    settings: Mapping[str, Any] = {"num_labels": task.labels, "problem_type": kind}
-    if task.columns[0] in ("img", "image"):
-        return AutoModelForImageClassification.from_pretrained(  # type: ignore[no-any-return]
-            source, ignore_mismatched_sizes=True, **settings
-        )
-    return AutoModelForSequenceClassification.from_pretrained(source, **settings)  # type: ignore[no-any-return]
+    settings = {"num_labels": task.labels, "problem_type": kind, "ignore_mismatched_sizes": True}
+    pictured = task.columns[0] in ("img", "image")
+    auto = AutoModelForImageClassification if pictured else AutoModelForSequenceClassification
+    return auto.from_pretrained(source, **settings)  # type: ignore[no-any-return]
