@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--executor",
         choices=("inductor", "interpreter"),
-        help="slimfit_fx's; default: inductor on a GPU, interpreter on a CPU, where compiling takes longer than a cell",
+        default="interpreter",
+        help="slimfit_fx's; default: interpreter, since compiling a model takes longer than training a cell",
     )
     made.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's own choice")
     made.add_argument("--cache", type=Path, default=CACHE, help="folder for weights that are pretrained here")
@@ -104,9 +105,8 @@ def train(
     tasks: Sequence[Task], methods: Sequence[Method], store: Store, options: argparse.Namespace, device: torch.device
 ) -> None:
     """Finish the cells that ``store`` lacks, with a bar of all cells and one of the steps of the current one."""
-    executor = options.executor or ("inductor" if device.type == "cuda" else "interpreter")
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    store.add_header({"machine": machine(str(device)), "executor": executor, "scale": tasks[0].scale})
+    store.add_header({"machine": machine(str(device)), "executor": options.executor, "scale": tasks[0].scale})
     with (
         tqdm(total=count_cells(tasks, methods, seeds), unit="cell", dynamic_ncols=True, smoothing=0.1) as cells,
         tqdm(unit="step", leave=False, dynamic_ncols=True, position=1) as steps,
@@ -126,7 +126,7 @@ def train(
                     f"{row.validation:.4f}, {row.steps} steps, {row.seconds:.0f} s"
                 )
 
-        trainer: Any = Trainer(device=device, executor=executor, progress=progress)
+        trainer: Any = Trainer(device=device, executor=options.executor, progress=progress)
         run(tasks, methods, list(seeds), store, trainer, finished)
 
 

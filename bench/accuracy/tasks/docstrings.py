@@ -47,14 +47,15 @@ class Size:
 
 
 FULL_SIZE = {"train": 5000, "validation": 1200, "test": 2400}
+QUICK_SIZE = {"train": 1280, "validation": 400, "test": 1000}
 _SIZES = {
     "docstrings": {
         "full": Size(FULL_SIZE, 48),
-        "quick": Size({"train": 1600, "validation": 400, "test": 1000}, 32),
+        "quick": Size(QUICK_SIZE, 32),
     },
     "pairs": {
         "full": Size(FULL_SIZE, 64),
-        "quick": Size({"train": 1600, "validation": 400, "test": 1000}, 48),
+        "quick": Size(QUICK_SIZE, 48),
     },
 }
 _RECIPES = {
