@@ -10,7 +10,7 @@ from tabulate import tabulate
 from bench.accuracy.cells import FULL
 from bench.accuracy.claims import Claim, Standing, gains
 from bench.accuracy.stats import Interval, interval_of
-from bench.accuracy.tasks.base import Task
+from bench.accuracy.tasks.base import POINTS, Task
 
 LEGEND = (
     "Mean +- half of the 95% interval (Student's t). against full: gain over full fine-tuning, paired by seed; "
@@ -28,7 +28,7 @@ def show(interval: Interval | None, digits: int = 2, *, sign: bool = False) -> s
 
 def task_table(task: Task, found: Sequence[Standing]) -> str:
     """One line per method."""
-    unit = "points" if task.metric.points != 1.0 else task.metric.name
+    unit = f"{task.metric.name}, points" if task.metric.points == POINTS else task.metric.name
     rows = []
     for standing in found:
         gain = gains(found, task, standing.method, FULL.name)
@@ -45,7 +45,7 @@ def task_table(task: Task, found: Sequence[Standing]) -> str:
         )
     recipe = task.recipe
     title = f"{task.name} ({task.scale}): {task.title}; {recipe.epochs} epochs, batch {recipe.batch}"
-    headers = ("method", "learning rate", "seeds", f"{task.metric.name}, {unit}", "against full", "s")
+    headers = ("method", "learning rate", "seeds", unit, "against full", "s")
     align = ("left", "right", "right", "right", "right", "right")
     if not rows:
         return f"{title}\nno method is done"

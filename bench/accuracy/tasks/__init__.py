@@ -16,7 +16,7 @@ TASKS: dict[str, Callable[[str, Path], Task]] = {
     "pairs": pairs_task,
     "code": code_task,
 }
-"""Name -> builder of (scale, folder for pretrained weights). The first three are those that the bounds speak of."""
+"""Name -> builder of (scale, folder for pretrained weights)."""
 
 
 def named_tasks(names: Sequence[str], scale: str, cache: Path) -> tuple[Task, ...]:

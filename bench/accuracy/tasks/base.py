@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from slimfit_fx.demo.data import Batch, Examples
 
 SCALES = ("full", "quick")
+POINTS = 100.0
+"""What makes points of a share."""
 _EVALUATED_AT_ONCE = 128
 
 
@@ -54,7 +56,7 @@ class Metric:
     name: str
     higher_is_better: bool
     points: float
-    """What tables multiply it by: 100 makes points of a share."""
+    """What tables multiply it by: ``POINTS`` for a share."""
     score: Callable[[nn.Module, Split, torch.device], float]
 
 
@@ -126,7 +128,7 @@ def perplexity(model: nn.Module, split: Split, device: torch.device) -> float:
     return math.exp(min(total / count, 700.0))
 
 
-ACCURACY = Metric("accuracy", higher_is_better=True, points=100.0, score=accuracy)
+ACCURACY = Metric("accuracy", higher_is_better=True, points=POINTS, score=accuracy)
 PERPLEXITY = Metric("perplexity", higher_is_better=False, points=1.0, score=perplexity)
 
 

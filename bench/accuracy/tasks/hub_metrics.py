@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.accuracy.tasks.base import Metric, Split, predictions
+from bench.accuracy.tasks.base import POINTS, Metric, Split, predictions
 
 
 def matthews(model: nn.Module, split: Split, device: torch.device) -> float:
@@ -35,6 +35,6 @@ def spearman(model: nn.Module, split: Split, device: torch.device) -> float:
     return float(spearmanr(said.numpy(), labels.numpy()).statistic)
 
 
-MATTHEWS = Metric("Matthews correlation", higher_is_better=True, points=100.0, score=matthews)
-F1 = Metric("F1", higher_is_better=True, points=100.0, score=f1)
-SPEARMAN = Metric("Spearman correlation", higher_is_better=True, points=100.0, score=spearman)
+MATTHEWS = Metric("Matthews correlation", higher_is_better=True, points=POINTS, score=matthews)
+F1 = Metric("F1", higher_is_better=True, points=POINTS, score=f1)
+SPEARMAN = Metric("Spearman correlation", higher_is_better=True, points=POINTS, score=spearman)

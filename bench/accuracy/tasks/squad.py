@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.accuracy.tasks.base import Metric, Split, evaluation_batches
+from bench.accuracy.tasks.base import POINTS, Metric, Split, evaluation_batches
 from slimfit_fx.demo.data import Batch
 
 _STRIDE_SHARE = 1 / 3
@@ -153,4 +153,4 @@ def normalise(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-SQUAD_F1 = Metric("F1", higher_is_better=True, points=100.0, score=squad_f1)
+SQUAD_F1 = Metric("F1", higher_is_better=True, points=POINTS, score=squad_f1)
