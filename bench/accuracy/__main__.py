@@ -113,9 +113,10 @@ def train(
     ):
 
         def progress(done: int, total: int, loss: float) -> None:
-            steps.total, steps.n = total, done
+            if done == 1:
+                steps.reset(total)
             steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            steps.update(0)
+            steps.update(1)
 
         def finished(row: Row, is_new: bool) -> None:
             cells.update(1)
