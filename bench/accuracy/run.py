@@ -1,0 +1,65 @@
+"""The order of a run: for each method choose the learning rate on validation data, then train the other seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from bench.accuracy.cells import Cell, Method, Row, cells_of, learning_rates
+from bench.accuracy.store import Store
+from bench.accuracy.tasks.base import Task
+
+TrainCell = Callable[[Cell, Task, Method], Row]
+Report = Callable[[Row, bool], None]
+"""Called for each cell with its row and whether it was trained now (rather than found)."""
+
+
+def run(
+    tasks: Iterable[Task],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    store: Store,
+    train_cell: TrainCell,
+    report: Report = lambda row, is_new: None,
+) -> None:
+    """Finish every cell that ``store`` does not hold yet; each is written as soon as it is done.
+
+    The learning rates are compared with the first seed; the other seeds train with the best one.
+    """
+    for task in tasks:
+        fingerprint = task.fingerprint()
+
+        def finish(cell: Cell, task: Task, method: Method, fingerprint: str = fingerprint) -> Row:
+            found = store.find(cell, fingerprint)
+            row = found or train_cell(cell, task, method)
+            if found is None:
+                store.add(row)
+            report(row, found is None)
+            return row
+
+        for method in methods:
+            rates = learning_rates(method, task.recipe.learning_rate)
+            tried = [finish(cell, task, method) for cell in cells_of(task.name, task.scale, method, rates, seeds[0])]
+            best = best_learning_rate(
+                {row.cell.learning_rate: row.validation for row in tried},
+                higher_is_better=task.metric.higher_is_better,
+            )
+            for seed in seeds[1:]:
+                (cell,) = cells_of(task.name, task.scale, method, [best], seed)
+                finish(cell, task, method)
+
+
+def best_learning_rate(validation: Mapping[float, float], *, higher_is_better: bool) -> float:
+    """The learning rate with the best validation score; the smaller of two equal ones; NaN is worse than any score."""
+    sign = 1.0 if higher_is_better else -1.0
+
+    def rank(rate: float) -> tuple[float, float]:
+        score = sign * validation[rate]
+        return (-math.inf if math.isnan(score) else score, -rate)
+
+    return max(validation, key=rank)
+
+
+def count_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int]) -> int:
+    """How many cells ``run`` finishes."""
+    return len(tasks) * sum(len(method.grid) + len(seeds) - 1 for method in methods)
