@@ -107,7 +107,8 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run ``python -m module arguments --out FILE`` in a process of its own; return what it wrote.
 
-    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``.
+    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``; one that took too long is ended,
+    and has ``"timed_out"`` too.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -118,7 +119,7 @@ def run_worker(
                 command, cwd=ROOT, env=inherited, timeout=timeout_s, capture_output=True, text=True, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"no result within {timeout_s} s"}
+            return {"error": f"no result within {timeout_s:.0f} s", "timed_out": True}
         if out.exists():
             return dict(json.loads(out.read_text()))
         return {"error": f"exit status {done.returncode}: {_cause(done.stderr)}", "stderr": done.stderr[-4000:]}
@@ -187,13 +188,34 @@ def _version(name: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """Return the hash of the tree's commit, with "+" behind it if files differ from it; None outside of git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + (
+            "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def save(name: str, document: Mapping[str, Any], *, device: str, module: str) -> Path:
     """Write ``document`` with the machine, the command and the time to ``bench/results/NAME.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     frame = {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": now(),
+        "commit": commit(),
         "machine": machine(device),
     }
     path.write_text(json.dumps({**frame, **document}, indent=1) + "\n")
