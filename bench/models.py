@@ -1,9 +1,9 @@
 """The models that the benchmarks train, built from their configs: random weights, random data, no network.
 
 BERT is ``BertForSequenceClassification`` or ``...ForQuestionAnswering``, ViT is ``ViTForImageClassification`` with
-16-pixel patches, both of width 768;
-GPT-2 and Llama are ``...ForCausalLM``; all from transformers, at any depth. ``attention_dropout`` is 0 by default: on
-CPU, SDPA with dropout leaves the flash kernel and materialises the attention probabilities, for every rival alike.
+16-pixel patches, both of width 768; GPT-2 and Llama are ``...ForCausalLM``; all from transformers, at any depth.
+``attention_dropout`` is 0 by default: on CPU, SDPA with dropout leaves the flash kernel and materialises the attention
+probabilities, for every rival alike.
 """
 
 from __future__ import annotations

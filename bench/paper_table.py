@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,33 @@ def cells(
                     cell = Cell(task, rival, dtype, device, how)
                     found.append(scaled(cell, tokens) if how == "measured" and device == "cpu" else cell)
     return found
+
+
+def pairs(dtypes: Sequence[str], tasks: Sequence[str], rivals: Sequence[str], tokens: int) -> list[tuple[Cell, Cell]]:
+    """Return (measured, predicted) cells of one and the same cut batch on a CPU."""
+    measured = cells("cpu", ["measured"], dtypes, tasks, rivals, tokens)
+    return [(cell, replace(cell, how="predicted")) for cell in measured]
+
+
+def error_table(
+    rows: Mapping[str, Mapping[str, Any]], found: Sequence[tuple[Cell, Cell]], tablefmt: str = "simple"
+) -> str:
+    """Format predicted against measured totals: one line per rival, the error in percent per setting; "" if none."""
+    body = []
+    for rival in dict.fromkeys(cell.rival for cell, _ in found):
+        mine = {m.task: prediction_error(rows, m, p) for m, p in found if m.rival == rival}
+        if any(error is not None for error in mine.values()):
+            body.append([_shown(rival), *("-" if e is None else f"{e:+.1%}" for e in mine.values())])
+    tasks = list(dict.fromkeys(cell.task for cell, _ in found))
+    return str(tabulate(body, headers=["", *tasks], tablefmt=tablefmt, disable_numparse=True)) if body else ""
+
+
+def prediction_error(rows: Mapping[str, Mapping[str, Any]], measured: Cell, predicted: Cell) -> float | None:
+    """Return how far the predicted total lies above the measured one; None unless both are known."""
+    one, other = figures_of(rows, measured), figures_of(rows, predicted)
+    if not isinstance(one, Figures) or not isinstance(other, Figures):
+        return None
+    return other.total_bytes / one.total_bytes - 1
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,13 @@ def ceiling(rows: Mapping[str, Mapping[str, Any]], table: Sequence[Cell], base: 
     return statistics.fmean(f.total_bytes / (f.parameter_bytes + f.optimizer_bytes + f.batch_bytes) for f in known)
 
 
+def bound_by_update(rows: Mapping[str, Mapping[str, Any]], table: Sequence[Cell], rival: str) -> tuple[int, int]:
+    """(settings in which the optimizer's step of ``rival`` takes more than forward and backward, settings known)."""
+    found = [figures_of(rows, cell) for cell in table if cell.rival == rival]
+    known = [f for f in found if isinstance(f, Figures) and f.step_bytes is not None and f.update_bytes is not None]
+    return sum((f.update_bytes or 0) > (f.step_bytes or 0) for f in known), len(known)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m bench memory", description=__doc__.splitlines()[0])
@@ -195,6 +229,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop in time; run again to go on")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one cell may take")
     parser.add_argument("--again", action="store_true", help="also what is stored already")
+    parser.add_argument("--validate", action="store_true", help="predict what is measured on a CPU, and compare")
     parser.add_argument("--list", action="store_true", help="print the cells and run nothing")
     options = parser.parse_args(arguments)
     report.check_rivals(options.rivals, parser)
@@ -213,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, print the tables."""
     options = parse(arguments)
     chosen = cells(options.device, options.how, options.dtypes, options.tasks, options.rivals, options.tokens)
+    compared = pairs(options.dtypes, options.tasks, options.rivals, options.tokens) if options.validate else []
+    if compared:
+        chosen = [cell for pair in compared for cell in pair]
     store = store_of(options.device)
     if options.list:
         for key in dict.fromkeys(cell.key for cell in chosen):
@@ -222,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
         again=options.again, say=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
-    for how in options.how:
+    if compared:
+        print(f"\npredicted above measured, total on the device\n{error_table(store.rows, compared)}")
+    for how in [] if compared else options.how:
         for dtype in options.dtypes:
             table = [cell for cell in chosen if (cell.how, cell.dtype) == (how, dtype)]
             found = lines(store.rows, table)

@@ -3,7 +3,7 @@
 - slimfit_fx and everything under torch.compile: a dry run of the code that Inductor writes (slimfit_fx/rehearsal.py).
 - Eager rivals: the step itself, on fake tensors, while a dispatch mode adds up the storages that are alive
   (``slimfit_fx.planning.update.count_bytes``). What an operator takes for itself is not seen there: ``python -m bench
-  memory --validate`` holds the predictions against the allocator.
+  memory --validate`` holds predictions against the allocator.
 
 All are predictions of the CPU's kernels. A prediction is never mixed with what was measured.
 """

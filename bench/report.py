@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,22 +109,33 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run ``python -m module arguments --out FILE`` in a process of its own; return what it wrote.
 
-    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``; one that took too long is ended,
-    and has ``"timed_out"`` too.
+    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``; one that takes too long is ended
+    with all that it started, and gives ``"timed_out"`` as well.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
         inherited = {**os.environ, "KINETO_LOG_LEVEL": "99", **(environment or {})}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=inherited, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=inherited, timeout=timeout_s, capture_output=True, text=True, check=False
-            )
+            _, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             return {"error": f"no result within {timeout_s:.0f} s", "timed_out": True}
+        finally:
+            _end(process)
         if out.exists():
             return dict(json.loads(out.read_text()))
-        return {"error": f"exit status {done.returncode}: {_cause(done.stderr)}", "stderr": done.stderr[-4000:]}
+        return {"error": f"exit status {process.returncode}: {_cause(stderr)}", "stderr": stderr[-4000:]}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a worker and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _cause(stderr: str) -> str:

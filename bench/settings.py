@@ -28,11 +28,6 @@ class Setting:
     vocab: int = _CASED
     head: str = "classification"
 
-    @property
-    def shape(self) -> Setting:
-        """The same run but for what no byte depends on: equal shapes have equal figures."""
-        return replace(self, task="", learning_rate=0.0)
-
 
 SETTINGS = (
     Setting("CoLA", "bert", 0.90, 32, 128, 8e-5, 2),
