@@ -12,7 +12,7 @@ COMMANDS = {
     "front": ("bench.front", "memory against throughput on BERT-base and ViT-B, with plots"),
     "gpu": ("bench.gpu", "everything that a GPU can tell, in calls of a few minutes"),
     "report": ("bench.render", "write README's tables and docs/results.md from bench/results/*.json"),
-    "smoke": ("bench.smoke", "step peaks and recompiles of a small BERT, with hard bounds: what CI runs"),
+    "smoke": ("bench.smoke", "step peaks and recompiles of a small BERT, with hard bounds"),
     "step-peak": ("bench.memory", "step peak of one model, all presets"),
     "time": ("bench.time", "step time, compile time and recompiles of one model"),
     "peak": ("bench.peak", "predicted against measured peaks"),

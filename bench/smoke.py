@@ -1,4 +1,4 @@
-"""The regression guard: ``python -m bench smoke``, about two minutes on two cores.
+"""The regression guard: ``python -m bench smoke``.
 
 BERT of width 768, 4 layers, batch 16, length 128, fp32, SDPA, hidden dropout 0.1, freeze rate 0.9 under ILS; the worst
 of a few steps by the allocator's events. Hard bounds on ratios of step peaks (bench/memory.py) and on recompiles; time
