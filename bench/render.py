@@ -195,7 +195,7 @@ def _headline_section(folder: Path) -> str:
     if not rows:
         return ""
     parts = ["## Under a hard cap", "50 steps at batch 128; the caching allocator may take no more than the cap."]
-    for dtype in DTYPES["cuda"]:
+    for dtype in (dtype for dtype in DTYPES["cuda"] if any(f", {dtype}, " in key for key in rows)):
         body = [
             [f"{task}, {rival}", *(_outcome(rows.get(f"{task}, {dtype}, {cap} GB, {rival}")) for cap in CAPS_GB)]
             for task in TASKS
