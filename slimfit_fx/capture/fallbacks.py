@@ -17,7 +17,7 @@ import slimfit_fx.runtime.hold  # noqa: F401  (both define operators)
 
 @functools.cache
 def register_fallbacks() -> None:
-    """Make every operator of ``slimfit_fx`` a fallback with the layout that its tag asks for. Cheap when done before."""
+    """Make all operators of ``slimfit_fx`` fallbacks with the layout that its tag asks for. Cheap when done before."""
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
