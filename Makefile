@@ -1,6 +1,6 @@
 # make setup   .venv with the pinned versions (constraints.txt), this package installed editable
 # make demo    the demo on scikit-learn's digits; `make demo-text` the one on text
-# make test    all tests;  make lint  what CI checks besides;  make wheel  dist/*.whl
+# make test    all tests;  make lint  what CI checks besides;  make smoke  bounds on memory;  make wheel  dist/*.whl
 #
 # PIP_FLAGS goes to pip as it is: an index of CPU builds, for one.
 PYTHON ?= python3
@@ -15,7 +15,7 @@ TEXT_STAMP := $(VENV)/.text-stamp
 SOURCES := slimfit_fx passes tests $(wildcard bench)
 TYPED := build/typed
 
-.PHONY: setup demo demo-text test lint format wheel clean
+.PHONY: setup demo demo-text test lint smoke format wheel clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ lint: $(STAMP)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/slimfit_fx
 	@ln -s $(CURDIR)/slimfit_fx/* $(TYPED)/slimfit_fx/ && ln -s $(CURDIR)/passes $(TYPED)/slimfit_fx/passes
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package slimfit_fx
+
+smoke: $(STAMP)
+	$(BIN)/python -m bench smoke
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES) setup.py

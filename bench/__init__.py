@@ -1,1 +1,1 @@
-"""Benchmarks of slimfit_fx: ``python -m bench.memory`` and ``python -m bench.time``."""
+"""Benchmarks of slimfit_fx: ``python -m bench`` lists them."""

@@ -1,8 +1,9 @@
 """The models that the benchmarks train, built from their configs: random weights, random data, no network.
 
-BERT is ``BertForSequenceClassification`` of width 768, ViT is ``ViTForImageClassification`` with 16-pixel patches,
-GPT-2 and Llama are ``...ForCausalLM``; all from transformers, at any depth. ``attention_dropout`` is 0 by default: on
-CPU, SDPA with dropout leaves the flash kernel and materialises the attention probabilities, for every rival alike.
+BERT is ``BertForSequenceClassification`` or ``...ForQuestionAnswering``, ViT is ``ViTForImageClassification`` with
+16-pixel patches, both of width 768; GPT-2 and Llama are ``...ForCausalLM``; all from transformers, at any depth.
+``attention_dropout`` is 0 by default: on CPU, SDPA with dropout leaves the flash kernel and materialises the attention
+probabilities, for every rival alike.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, one device. ``length`` counts tokens (text), ``resolution`` pixels per side (ViT)."""
+    """One model, one batch, one device. ``length`` counts tokens (text), ``resolution`` pixels per side (ViT).
+
+    ``head`` is what the model is fine-tuned for: "classification" (one label: regression) or, for BERT, "answers"
+    (extractive question answering).
+    """
 
     model: str
     layers: int = 4
@@ -39,6 +44,7 @@ class Case:
     heads: int = 12
     vocab: int = 30522
     labels: int = 2
+    head: str = "classification"
     dropout: float = 0.1
     attention_dropout: float = 0.0
     attention: str = "sdpa"
@@ -101,16 +107,21 @@ def _common(case: Case) -> dict[str, Any]:
         "attention_probs_dropout_prob": case.attention_dropout,
         "attn_implementation": case.attention,
         "num_labels": case.labels,
-        "problem_type": "single_label_classification",  # set late, it would cost the first step a recompile
+        "problem_type": _problem(case),  # set late, it would cost the first step a recompile
     }
 
 
+def _problem(case: Case) -> str:
+    return "regression" if case.labels == 1 else "single_label_classification"
+
+
 def _build_bert(case: Case) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
     positions = max(512, case.length)
     config = BertConfig(vocab_size=case.vocab, max_position_embeddings=positions, **_common(case))
-    model: nn.Module = BertForSequenceClassification(config)
+    kind = BertForQuestionAnswering if case.head == "answers" else BertForSequenceClassification
+    model: nn.Module = kind(config)
     return model
 
 
@@ -160,10 +171,9 @@ def _build_llama(case: Case) -> nn.Module:
 
 
 def make_batch(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
-    """Return one batch as keyword arguments of the model: int64 ids and mask, or fp32 pixels; and int64 labels."""
+    """Return one batch as keyword arguments of the model: int64 ids and mask, or fp32 pixels; and what to learn."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, case.labels, (case.batch,), generator=generator)
-    batch = {"labels": labels}
+    batch = _targets(case, generator)
     if case.model != "vit":
         shape = (case.batch, case.length)
         batch["input_ids"] = torch.randint(0, case.vocab, shape, generator=generator)
@@ -174,6 +184,15 @@ def make_batch(case: Case, *, seed: int = 0) -> dict[str, Tensor]:
     else:
         batch["pixel_values"] = torch.randn(case.batch, 3, case.resolution, case.resolution, generator=generator)
     return {name: value.to(case.device) for name, value in batch.items()}
+
+
+def _targets(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    if case.head == "answers":
+        names = ("start_positions", "end_positions")
+        return {name: torch.randint(0, case.length, (case.batch,), generator=generator) for name in names}
+    if case.labels == 1:
+        return {"labels": torch.randn(case.batch, generator=generator)}
+    return {"labels": torch.randint(0, case.labels, (case.batch,), generator=generator)}
 
 
 def autocast(case: Case) -> contextlib.AbstractContextManager[Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,21 +109,33 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run ``python -m module arguments --out FILE`` in a process of its own; return what it wrote.
 
-    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``.
+    A worker that fails gives ``{"error": what its stderr ends with, "stderr": ...}``; one that takes too long is ended
+    with all that it started, and gives ``"timed_out"`` as well.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
         inherited = {**os.environ, "KINETO_LOG_LEVEL": "99", **(environment or {})}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=inherited, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=inherited, timeout=timeout_s, capture_output=True, text=True, check=False
-            )
+            _, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            return {"error": f"no result within {timeout_s} s"}
+            return {"error": f"no result within {timeout_s:.0f} s", "timed_out": True}
+        finally:
+            _end(process)
         if out.exists():
             return dict(json.loads(out.read_text()))
-        return {"error": f"exit status {done.returncode}: {_cause(done.stderr)}", "stderr": done.stderr[-4000:]}
+        return {"error": f"exit status {process.returncode}: {_cause(stderr)}", "stderr": stderr[-4000:]}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a worker and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _cause(stderr: str) -> str:
@@ -187,13 +201,34 @@ def _version(name: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """Return the hash of the tree's commit, with "+" behind it if files differ from it; None outside of git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + (
+            "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def save(name: str, document: Mapping[str, Any], *, device: str, module: str) -> Path:
     """Write ``document`` with the machine, the command and the time to ``bench/results/NAME.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     frame = {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": now(),
+        "commit": commit(),
         "machine": machine(device),
     }
     path.write_text(json.dumps({**frame, **document}, indent=1) + "\n")

@@ -14,10 +14,11 @@ Results go to ``bench/results/time-*.json``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -193,8 +194,9 @@ def _over(row: Mapping[str, Any], base: Mapping[str, Any], *states: str) -> list
 
 
 # --- recompiles ---------------------------------------------------------------------------------------------------
-def count_recompiles(trainee: Trainee, *, steps: int) -> dict[str, Any]:
-    """Train ``steps`` steps; count the compilations that dynamo starts in the first and after it."""
+@contextlib.contextmanager
+def noted_compiles() -> Iterator[list[str]]:
+    """Yield a list that gets an entry for every compilation that dynamo starts."""
     from torch._dynamo.callback import CallbackArgs, callback_handler
 
     started: list[str] = []
@@ -204,12 +206,18 @@ def count_recompiles(trainee: Trainee, *, steps: int) -> dict[str, Any]:
 
     callback_handler.register_start_callback(note)
     try:
+        yield started
+    finally:
+        callback_handler.remove_start_callback(note)
+
+
+def count_recompiles(trainee: Trainee, *, steps: int) -> dict[str, Any]:
+    """Train ``steps`` steps; count the compilations that dynamo starts in the first and after it."""
+    with noted_compiles() as started:
         trainee.step()
         first = len(started)
         for _ in range(steps - 1):
             trainee.step()
-    finally:
-        callback_handler.remove_start_callback(note)
     session = trainee.session
     return {
         "steps": steps,

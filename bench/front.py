@@ -1,0 +1,183 @@
+"""Memory against throughput, all rivals, on BERT-base and ViT-B: ``python -m bench front``.
+
+One plot per model (PNG, and the data as JSON beside it) with the Pareto front drawn: what nothing else beats in both.
+The goal is that no rival's point lies beyond ours. On a GPU memory and samples per second are measured. On a CPU they
+are predicted: memory by dry runs, throughput by the roofline's expectation for forward and backward, which eager rivals
+have none of. Cells are those of ``python -m bench memory``, and stored with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from bench import report
+from bench.cells import Cell, Figures, figures_of
+from bench.paper_table import store_of
+from bench.rivals import ACTIVATION_BUDGETS, PRESETS, preset_of
+from bench.tasks import machines, print_progress, run_tasks
+
+MODELS = {"bert": "CoLA", "vit": "CIFAR-10"}
+"""Name in files -> the setting whose shapes are drawn."""
+OURS = tuple(f"{preset}{level}" for level in ("", "-products", "-blocks") for preset in PRESETS)
+OTHERS = (
+    *("compile", "eager", "eager-attention", "checkpoint", "compile-checkpoint", "lora", "lora-checkpoint"),
+    *ACTIVATION_BUDGETS,
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to train. ``ours``: slimfit_fx."""
+
+    rival: str
+    ours: bool
+    total_bytes: int
+    samples_per_s: float
+    on_front: bool = False
+
+
+def points_of(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[Point]:
+    """Return the points of the cells that have both figures, the least memory first."""
+    found = []
+    for cell in cells:
+        figures = figures_of(rows, cell)
+        rate = throughput(figures) if isinstance(figures, Figures) else None
+        if isinstance(figures, Figures) and rate is not None:
+            found.append(Point(cell.rival, preset_of(cell.rival) is not None, figures.total_bytes, rate))
+    return mark_front(found)
+
+
+def throughput(figures: Figures) -> float | None:
+    """Samples per second: measured, or expected by the roofline where nothing was measured."""
+    if figures.how == "measured" or figures.expected_ms is None:
+        return figures.samples_per_s
+    return 1e3 * figures.batch / figures.expected_ms
+
+
+def mark_front(points: Sequence[Point]) -> list[Point]:
+    """The points by memory; those that no other beats are marked."""
+    marked = [Point(**{**asdict(p), "on_front": not any(beats(q, p) for q in points)}) for p in points]
+    return sorted(marked, key=lambda p: (p.total_bytes, -p.samples_per_s))
+
+
+def beats(one: Point, other: Point) -> bool:
+    """Whether ``one`` is no worse in both, and better in one."""
+    no_worse = one.total_bytes <= other.total_bytes and one.samples_per_s >= other.samples_per_s
+    return no_worse and (one.total_bytes, one.samples_per_s) != (other.total_bytes, other.samples_per_s)
+
+
+def beyond_ours(points: Sequence[Point]) -> list[Point]:
+    """The rivals' points that none of ours beats or equals: the goal is that there are none."""
+    ours = [p for p in points if p.ours]
+
+    def reached(p: Point) -> bool:
+        return any(q.total_bytes <= p.total_bytes and q.samples_per_s >= p.samples_per_s for q in ours)
+
+    return [p for p in points if not p.ours and not reached(p)]
+
+
+def front_table(points: Sequence[Point], tablefmt: str = "simple") -> str:
+    """Format one line per point."""
+    body = [
+        [f"slimfit_fx {p.rival}" if p.ours else p.rival, p.total_bytes / 1e9, p.samples_per_s, "*" * p.on_front]
+        for p in points
+    ]
+    heads = ["", "GB in all", "samples/s", "front"]
+    return str(tabulate(body, headers=heads, tablefmt=tablefmt, floatfmt=("", ".2f", ".2f")))
+
+
+def draw(points: Sequence[Point], title: str, path: Path) -> None:
+    """Draw ``points`` into a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for ours, colour, label in ((True, "#0f766e", "slimfit_fx"), (False, "#9aa3b2", "rivals")):
+        chosen = [p for p in points if p.ours is ours]
+        places = [(p.total_bytes / 1e9, p.samples_per_s) for p in chosen]
+        axes.scatter([x for x, _ in places], [y for _, y in places], color=colour, label=label, zorder=3)
+        for p, place in zip(chosen, places, strict=True):
+            axes.annotate(p.rival, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    line = [(p.total_bytes / 1e9, p.samples_per_s) for p in points if p.on_front]
+    axes.plot([x for x, _ in line], [y for _, y in line], color="#b45309", linewidth=1, label="front")
+    axes.set(xlabel="memory in all, GB", ylabel="samples per second", title=title)
+    axes.grid(color="#e5e7eb")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def cells(model: str, *, dtype: str, device: str, how: str) -> list[Cell]:
+    """Return the cells of one plot: ours, then everybody else."""
+    return [Cell(MODELS[model], rival, dtype, device, how) for rival in (*OURS, *OTHERS)]
+
+
+def title_of(model: str, *, dtype: str, device: str, how: str) -> str:
+    """Say what a plot shows, and whether it is measured."""
+    case = cells(model, dtype=dtype, device=device, how=how)[0].case
+    size = f"{case.resolution} pixels" if model == "vit" else f"length {case.length}"
+    name = {"bert": "BERT-base", "vit": "ViT-B/16"}[model]
+    source = "measured" if how == "measured" else "predicted (throughput: roofline, forward and backward)"
+    return f"{name}, batch {case.batch}, {size}, {dtype}, {torch.device(device).type}: {source}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, print the tables, draw the plots; return 1 with ``--check`` if a rival's point is beyond."""
+    options = parse(arguments)
+    store = store_of(options.device)
+    how = "measured" if torch.device(options.device).type == "cuda" else "predicted"
+    status = 0
+    for model in options.models:
+        chosen = cells(model, dtype=options.dtype, device=options.device, how=how)
+        progress = run_tasks(
+            [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        print_progress(progress, store.rows)
+        sources = machines(store.rows[cell.key] for cell in chosen if cell.key in store.rows)
+        status |= _publish(model, points_of(store.rows, chosen), sources, options, how)
+    return status if options.check else 0
+
+
+def _publish(model: str, points: Sequence[Point], sources: Sequence[str], options: argparse.Namespace, how: str) -> int:
+    title = title_of(model, dtype=options.dtype, device=options.device, how=how)
+    beyond = beyond_ours(points)
+    print(f"\n{title}\n{front_table(points)}")
+    print(f"rivals' points beyond ours: {', '.join(p.rival for p in beyond) or 'none'}")
+    if points:
+        path = report.RESULTS / f"front-{model}-{options.dtype}-{torch.device(options.device).type}"
+        document = {"title": title, "how": how, "sources": sources, "points": [asdict(p) for p in points]}
+        path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+        draw(points, title, path.with_suffix(".png"))
+        print(f"written: {path.name}.json, {path.name}.png")
+    return int(bool(beyond) or not points)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser("python -m bench front", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtype", help="default: tf32 on a GPU, fp32 on a CPU")
+    parser.add_argument("--minutes", type=float, help="stop in time; run again to go on")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one point may take")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a rival's point lies beyond ours")
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("tf32" if torch.device(options.device).type == "cuda" else "fp32")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Everything that a GPU can tell, in calls of a few minutes: ``python -m bench gpu --minutes 9``, until none is left.
+
+In this order, so that a short loan of a machine tells most:
+
+1. ``headline``: BERT-base on SQuAD's shapes and ViT-B/16 at 384 pixels, batch 128, under caps of 32, 16 and 12 GB;
+2. ``table``: the paper's twelve settings, every rival, TF32 and then bf16: memory and throughput;
+3. ``front``: what the plots need beyond that;
+4. ``compile``: compile times, cold and warm;
+5. ``peak``: predicted against measured peaks.
+
+Each piece has a process of its own and is stored at once (``bench/results/*-cuda.json``), so a call that is cut short
+loses one piece at most. Without ``--minutes`` it runs to the end. ``python -m bench report`` renders what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+import torch
+
+from bench import front, headline, peak, report
+from bench.paper_table import DTYPES, RIVALS, cells, store_of
+from bench.settings import TASKS
+from bench.tasks import Store, Task, has_device, print_progress, run_tasks
+
+LIMIT_S = 500.0
+"""For one piece; less than the shortest useful ``--minutes``."""
+_COMPILED = ("compile", "balanced", "exact", "max")
+_COMPILE_CASE = ("--layers", "12", "--batch", "32", "--dtype", "tf32")
+
+
+def headline_tasks(device: str) -> list[Task]:
+    """Both cases, ours first under every cap."""
+    return [
+        headline.task_of(task, rival, cap, dtype=dtype, device=device, limit_s=LIMIT_S)
+        for dtype in DTYPES["cuda"]
+        for rival in headline.RIVALS
+        for cap in headline.CAPS_GB
+        for task in headline.TASKS
+    ]
+
+
+def table_tasks(device: str) -> list[Task]:
+    """The twelve settings."""
+    chosen = cells(device, ["measured"], DTYPES["cuda"], TASKS, RIVALS, 0)
+    return [cell.as_task(LIMIT_S) for cell in chosen]
+
+
+def front_tasks(device: str) -> list[Task]:
+    """The points of both plots."""
+    return [
+        cell.as_task(LIMIT_S)
+        for dtype in DTYPES["cuda"]
+        for model in front.MODELS
+        for cell in front.cells(model, dtype=dtype, device=device, how="measured")
+    ]
+
+
+def compile_tasks(device: str) -> list[Task]:
+    """Cold and warm compile times, each rival in empty caches of its own."""
+    return [
+        Task(f"compile, {name}", "bench.gpu", ("--compile", name, "--device", device), LIMIT_S) for name in _COMPILED
+    ]
+
+
+def peak_tasks(device: str) -> list[Task]:
+    """Predicted against measured peaks."""
+    return [
+        Task(f"peak, {number}", "bench.peak", ("--device", device, "--worker", str(number)), LIMIT_S)
+        for number in range(len(peak.cases(device)))
+    ]
+
+
+GROUPS: dict[str, Callable[[str], list[Task]]] = {
+    "headline": headline_tasks,
+    "table": table_tasks,
+    "front": front_tasks,
+    "compile": compile_tasks,
+    "peak": peak_tasks,
+}
+"""In the order in which they run."""
+
+
+def stores(device: str) -> dict[str, Store]:
+    """Where each group's results go; the front's cells lie with the table's."""
+    kind = torch.device(device).type
+    own = {name: Store(report.RESULTS / f"gpu-{name}-{kind}.json") for name in ("headline", "compile", "peak")}
+    table = store_of(device)
+    return {**own, "table": table, "front": table}
+
+
+def time_compiles(name: str, device: str) -> dict[str, float]:
+    """Return the seconds that ``name`` takes to compile, cold and warm."""
+    from bench import time
+
+    options = time.parse([*_COMPILE_CASE, "--device", device, "--rivals", name, "--no-save"])
+    found: dict[str, float] = time.bench_compile(options, report.case_of(options))[name]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is not done yet, for as long as ``--minutes`` allows; return 0 when nothing is left."""
+    options = parse(arguments)
+    if options.compile:
+        report.write_out(options.out, time_compiles(options.compile, options.device))
+        return 0
+    kept, began, left = stores(options.device), monotonic(), 0
+    if not options.list and not has_device(options.device):
+        print(f"python -m bench gpu: there is no {options.device} here; --list shows what it would do", file=sys.stderr)
+        return 2
+    for name in options.only:
+        tasks = GROUPS[name](options.device)
+        if options.list:
+            for key in dict.fromkeys(task.key for task in tasks):
+                print(f"{'done' if key in kept[name].rows else '    '} {name}: {key}")
+            continue
+        minutes = None if options.minutes is None else options.minutes - (monotonic() - began) / 60
+        progress = run_tasks(
+            tasks, kept[name], device=options.device, minutes=minutes, again=options.again,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        print(f"\n{name}:")
+        print_progress(progress, kept[name].rows)
+        left += progress.left
+    return int(left > 0)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser("python -m bench gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, help="time for this call; default: until all is done")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--again", action="store_true", help="also what is stored already")
+    parser.add_argument("--list", action="store_true", help="print the pieces and run nothing")
+    parser.add_argument("--compile", choices=_COMPILED, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What a training step would take, without running it: for batches that do not fit this machine.
+
+- slimfit_fx and everything under torch.compile: a dry run of the code that Inductor writes (slimfit_fx/rehearsal.py).
+- Eager rivals: the step itself, on fake tensors, while a dispatch mode adds up the storages that are alive
+  (``slimfit_fx.planning.update.count_bytes``). What an operator takes for itself is not seen there: ``python -m bench
+  memory --validate`` holds predictions against the allocator.
+
+All are predictions of the CPU's kernels. A prediction is never mixed with what was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from bench.models import Case, autocast, build_model, make_batch, parameter_bytes
+from bench.rivals import Rival, Settings, adapted, config_of, rival_of
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of one training step; the step's and the update's are above what is there before the step."""
+
+    parameter_bytes: int
+    buffer_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    step_bytes: int
+    update_bytes: int
+    expected_ms: float | None = None
+    """Forward and backward by the roofline; None for eager rivals."""
+    chosen: str | None = None
+    """The plan that a budget led to."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that is held on the device at any moment of the step."""
+        fixed = self.parameter_bytes + self.buffer_bytes + self.optimizer_bytes + self.batch_bytes
+        return fixed + max(self.step_bytes, self.update_bytes)
+
+
+def predict(name: str, case: Case, settings: Settings) -> Prediction:
+    """Predict a step of the rival called ``name``; nothing is allocated but a few parameters' worth of host memory.
+
+    Raises:
+        ValueError: the model cannot be captured, or nothing fits the rival's budget.
+    """
+    rival = rival_of(name)
+    case = rival.case(case)
+    without_values = replace(case, device="meta")
+    with torch.device("meta"):
+        model = adapted(rival, build_model(without_values))
+    batch = make_batch(without_values)
+    if rival.preset is not None:
+        return _ours(rival, model, batch, case, settings)
+    if rival.compiled:
+        return _compiled(rival, model, batch, case)
+    return _eager(model, batch, case)
+
+
+def tensor_bytes(tensors: Any) -> int:
+    """Bytes of the elements of all ``tensors``."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _eager(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Prediction:
+    from slimfit_fx.capture.off_meta import off_meta
+    from slimfit_fx.planning.update import count_bytes
+
+    with off_meta(model, (), batch, always=True) as (fake, _, inputs):
+        step_bytes = count_bytes(lambda: _train(fake, inputs, case))
+    return _plain(model, batch, step_bytes)
+
+
+def _train(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Any:
+    """Forward and backward; all that the model returns stays alive."""
+    with autocast(case):
+        outputs = model(**batch)
+    outputs.loss.backward()
+    return outputs
+
+
+def _compiled(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case) -> Prediction:
+    from slimfit_fx.planning.roofline import roofline_of
+    from slimfit_fx.rehearsal import Rehearsal
+
+    share = rival.activation_budget
+    patched = {} if share is None else {"activation_memory_budget": share}
+    with torch._functorch.config.patch(patched) if patched else contextlib.nullcontext(), autocast(case):
+        trace = Rehearsal(model, (), faked=True).plain_trace((), batch)
+    if trace is None:
+        raise ValueError("no graph that trains was captured")
+    expected = roofline_of(torch.device("cpu")).step_ms(trace.work, ())
+    return _plain(model, batch, trace.peak(()).peak_bytes, expected)
+
+
+def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int, expected_ms: float | None = None) -> Prediction:
+    """``step_bytes`` with what every rival holds that is not ours: AdamW's state and step, on all that trains."""
+    from slimfit_fx.planning.update import step_memory
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    update = step_memory([AdamW(trained)], trained)
+    assert update is not None, "AdamW steps without values"
+    return Prediction(
+        parameter_bytes(model), tensor_bytes(model.buffers()), update.state_bytes, tensor_bytes(batch.values()),
+        step_bytes, tensor_bytes(trained) + update.temporary_bytes, expected_ms,
+    )  # fmt: skip
+
+
+def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, settings: Settings) -> Prediction:
+    from slimfit_fx.api import checked_settings
+    from slimfit_fx.beside_steps import make_fixed_bytes, open_count
+    from slimfit_fx.planning.roofline import roofline_of
+    from slimfit_fx.rehearsal import Rehearsal, known_step
+
+    config = config_of(rival, settings)
+    _, (units, _) = checked_settings(model, config, {}, plan_only=True)
+    rehearsal = Rehearsal(model, units, faked=True)
+    scheduler = rehearsal.scheduler(config)
+    budget = None if rival.memory_budget is None else rehearsal.budget(config)
+    with autocast(case):
+        graphs = rehearsal.graphs(config, (), batch, peak=True, budget=budget)
+    trace = known_step(graphs)
+    opened = min(open_count(config, scheduler, units), trace.num_gates)
+    fixed = make_fixed_bytes(model, config, units, scheduler, list)()
+    expected = roofline_of(torch.device("cpu")).expected_ms(trace.work, opened / max(1, len(units)))
+    return Prediction(
+        fixed.parameters, fixed.buffers, fixed.optimizer_state, tensor_bytes(batch.values()), trace.worst(opened)[0],
+        fixed.update, expected, next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
+    )  # fmt: skip

@@ -1,0 +1,267 @@
+"""README's tables and docs/results.md, written from bench/results/*.json: ``python -m bench report``.
+
+In README, what stands between ``<!-- bench:begin NAME -->`` and ``<!-- bench:end -->`` is written by this module, the
+rest by hand. docs/results.md is written as a whole. ``--check`` writes nothing and returns 1 if either is out of date.
+What is measured and what is predicted never stand in one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench import front, report
+from bench.cells import HOW, Cell
+from bench.headline import CAPS_GB, RIVALS, TASKS
+from bench.paper_table import (
+    BASELINES,
+    DTYPES,
+    bound_by_update,
+    ceiling,
+    cells,
+    error_table,
+    lines,
+    mean_table,
+    pairs,
+    task_table,
+    verdicts,
+)
+from bench.paper_table import RIVALS as TABLE_RIVALS
+from bench.settings import TASKS as SETTINGS
+from bench.tasks import machines
+
+README = report.ROOT / "README.md"
+PAGE = report.ROOT / "docs" / "results.md"
+_BLOCK = re.compile(r"(<!-- bench:begin ([\w-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+_PEAK_NAMES = {"compile": "torch.compile", "checkpoint": "gradient checkpointing (eager)"}
+_CPU_TOKENS = 1024
+
+Rows = dict[str, dict[str, Any]]
+
+
+def rows_of(folder: Path, name: str) -> Rows:
+    """Return the stored rows of one file, none if there is no such file."""
+    path = folder / f"{name}.json"
+    return dict(json.loads(path.read_text())["rows"]) if path.exists() else {}
+
+
+# --- README -------------------------------------------------------------------------------------------------------
+def step_peak_block(folder: Path) -> str:
+    """Return the table of step peaks at 4 and 12 layers, measured on a CPU."""
+    found = {}
+    for layers in (4, 12):
+        path = folder / f"memory-bert-{layers}layers-batch16-len128-fp32-cpu.json"
+        results = json.loads(path.read_text())["results"]
+        found[layers] = {name: result["worst"]["peak_bytes"] for name, result in results.items()}
+    body = []
+    for name in (name for name in found[4] if name in found[12]):
+        shown = _PEAK_NAMES.get(name, name if name == "eager" else f"slimfit_fx, `{name}`")
+        body.append([shown, *(part for peaks in found.values() for part in _against(peaks, name))])
+    heads = [
+        "",
+        *(part for layers in found for part in (f"{layers} layers", "smaller than eager", "than torch.compile")),
+    ]
+    return str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True))
+
+
+def _against(peaks: Mapping[str, int], name: str) -> list[str]:
+    ratios = [f"{peaks[base] / peaks[name]:.2f}x" for base in ("eager", "compile")]
+    return [f"{peaks[name] / 1e6:.1f}", *ratios]
+
+
+def twelve_block(folder: Path) -> str:
+    """Return the means over the paper's settings: measured on a GPU if every cell it needs is there, else predicted."""
+    for how, dtype, device in (("measured", "tf32", "cuda"), ("predicted", "fp32", "cpu")):
+        rows = rows_of(folder, f"twelve-{device}")
+        found = [line for line in lines(rows, table_cells(how, dtype, device)) if line.mean_bytes is not None]
+        if any(line.rival == "balanced" and None not in line.ratios[:2] for line in found):
+            return f"{_source(how, dtype, device)}\n\n{mean_table(found, 'github')}"
+    return "Not every setting has a figure yet: see [all results](docs/results.md)."
+
+
+BLOCKS = {"step-peak": step_peak_block, "twelve": twelve_block}
+"""Name in README -> what writes it."""
+
+
+def filled(text: str, folder: Path) -> str:
+    """Return ``text`` with every block written anew.
+
+    Raises:
+        ValueError: a block has a name that nothing writes, or one that README should have is missing.
+    """
+    names = [match.group(2) for match in _BLOCK.finditer(text)]
+    if sorted(names) != sorted(BLOCKS):
+        raise ValueError(f"README must have the blocks {sorted(BLOCKS)}, once each, got {sorted(names)}")
+    return _BLOCK.sub(lambda match: f"{match.group(1)}{BLOCKS[match.group(2)](folder)}\n{match.group(3)}", text)
+
+
+# --- docs/results.md ----------------------------------------------------------------------------------------------
+def table_cells(how: str, dtype: str, device: str) -> list[Cell]:
+    """Return the cells of one table of the twelve settings."""
+    return cells(device, [how], [dtype], SETTINGS, TABLE_RIVALS, _CPU_TOKENS)
+
+
+def _source(how: str, dtype: str, device: str) -> str:
+    if how == "predicted":
+        return (
+            f"**Predicted**, {dtype}, full batches, kernels of the CPU: dry runs of the code that Inductor writes,\n"
+            "eager steps on fake tensors. Attention dropout in `eager-attention` only."
+        )
+    if device == "cpu":
+        return (
+            f"**Measured** on a CPU, {dtype}, batches cut to {_CPU_TOKENS} tokens, attention dropout in\n"
+            "`eager-attention` only."
+        )
+    return f"**Measured** on a GPU, {dtype}, full batches."
+
+
+def page(folder: Path) -> str:
+    """Return docs/results.md."""
+    sections = [
+        _twelve_section(folder),
+        _errors_section(folder),
+        _headline_section(folder),
+        _front_section(folder),
+        _compile_section(folder),
+    ]
+    return "\n\n".join([_INTRODUCTION, *filter(None, sections), _peaks_section(folder)]) + "\n"
+
+
+_INTRODUCTION = """# Results
+
+Written by `python -m bench report` from the files in `bench/results/`; do not edit. Everything here can be found out
+again: `python -m bench` lists the commands, [CONTRIBUTING](../CONTRIBUTING.md) says which to run. 1 GB = 10^9 bytes.
+
+Total memory: parameters, optimizer state, the batch, and the larger of the step's peak (activations, gradients,
+workspaces) and the optimizer's. The optimizer is AdamW. Ours: the worst step under ILS at the setting's freeze rate;
+predicted: the worst choice of open units. `eager-attention` is the paper's baseline: attention as plain products, its
+probabilities kept. `budget-N%`: the planner, with room for parameters, optimizer state and N% of what eager's step
+takes above them."""
+
+
+def _twelve_section(folder: Path) -> str:
+    parts = ["## The paper's twelve settings"]
+    for device in ("cuda", "cpu"):
+        rows = rows_of(folder, f"twelve-{device}")
+        for how in HOW:
+            for dtype in DTYPES[device]:
+                table = table_cells(how, dtype, device)
+                if any(cell.key in rows for cell in table):
+                    parts.append(_one_table(rows, table, _source(how, dtype, device)))
+    return "\n\n".join(parts if len(parts) > 1 else [*parts, "Not run yet."])
+
+
+def _one_table(rows: Rows, table: Sequence[Cell], source: str) -> str:
+    known = [rows[cell.key] for cell in table if cell.key in rows]
+    found = lines(rows, table)
+    parts = [source, task_table(rows, table, "github"), mean_table(found, "github"), *verdicts(found)]
+    late, of = bound_by_update(rows, table, "balanced")
+    if of:
+        parts.append(
+            f"In {late} of {of} settings the optimizer's step of `balanced` (gradients of open units, copies of their\n"
+            "weights for the distances, AdamW's temporaries) takes more than its forward and backward."
+        )
+    for base in BASELINES[:2]:
+        most = ceiling(rows, table, base)
+        if most is not None:
+            parts.append(
+                f"Parameters, AdamW's state and the batch alone come to a mean ratio of {most:.2f} against {base}: "
+                "nobody who trains every parameter at some time can exceed that."
+            )
+    return "\n\n".join([*parts, *machines(known)])
+
+
+def _errors_section(folder: Path) -> str:
+    rows, parts = rows_of(folder, "twelve-cpu"), []
+    for dtype in DTYPES["cpu"]:
+        table = error_table(rows, pairs([dtype], SETTINGS, TABLE_RIVALS, _CPU_TOKENS), "github")
+        parts += [f"{dtype}:", table] if table else []
+    said = (
+        f"How far predicted totals lie above measured ones, on a CPU, batches cut to {_CPU_TOKENS} tokens (ours are\n"
+        "bounds for the worst choice of open units)."
+    )
+    return "\n\n".join(["## Predictions against measurements", said, *parts]) if parts else ""
+
+
+def _headline_section(folder: Path) -> str:
+    rows = rows_of(folder, "gpu-headline-cuda")
+    if not rows:
+        return ""
+    parts = ["## Under a hard cap", "50 steps at batch 128; the caching allocator may take no more than the cap."]
+    for dtype in (dtype for dtype in DTYPES["cuda"] if any(f", {dtype}, " in key for key in rows)):
+        body = [
+            [f"{task}, {rival}", *(_outcome(rows.get(f"{task}, {dtype}, {cap} GB, {rival}")) for cap in CAPS_GB)]
+            for task in TASKS
+            for rival in RIVALS
+        ]
+        heads = [dtype, *(f"{cap} GB" for cap in CAPS_GB)]
+        parts.append(str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)))
+    return "\n\n".join([*parts, *machines(rows.values())])
+
+
+def _outcome(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if "error" in row:
+        return "failed"
+    outcome = row["outcome"]
+    taken = f"{outcome['total_bytes'] / 1e9:.1f} GB" if outcome["total_bytes"] else "-"
+    return f"trains, {taken}" if outcome["fits"] else outcome["reason"].split(":")[0]
+
+
+def _front_section(folder: Path) -> str:
+    parts = []
+    for path in sorted(folder.glob("front-*.json")):
+        document = json.loads(path.read_text())
+        points = [front.Point(**point) for point in document["points"]]
+        beyond = ", ".join(point.rival for point in front.beyond_ours(points)) or "none"
+        said = f"Rivals' points beyond ours: {beyond}."
+        parts += [document["title"], front.front_table(points, "github"), said, *document["sources"]]
+    return "\n\n".join(["## Memory against throughput", *parts]) if parts else ""
+
+
+def _compile_section(folder: Path) -> str:
+    rows = rows_of(folder, "gpu-compile-cuda")
+    body = [
+        [key.removeprefix("compile, "), row.get("cold_compile_s"), row.get("warm_compile_s")]
+        for key, row in rows.items()
+    ]
+    if not body:
+        return ""
+    heads = ["BERT-base, batch 32, seconds to compile", "cold", "warm"]
+    table = tabulate(body, headers=heads, tablefmt="github", floatfmt=("", ".1f", ".1f"), missingval="failed")
+    return "\n\n".join(["## Compile time on a GPU", str(table), *machines(rows.values())])
+
+
+def _peaks_section(folder: Path) -> str:
+    return (
+        "## Step peak of one BERT\n\nWidth 768, batch 16, length 128, fp32, SDPA, hidden dropout 0.1, freeze rate 0.9 "
+        "under ILS; MB above parameters\nand optimizer state, worst of 20 steps, **measured** on a CPU.\n\n"
+        + step_peak_block(folder)
+    )
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write both files, or check them; return 1 if ``--check`` finds one out of date."""
+    parser = argparse.ArgumentParser("python -m bench report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
+    options = parser.parse_args(arguments)
+    wanted = {README: filled(README.read_text(), report.RESULTS), PAGE: page(report.RESULTS)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.name}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(wanted[path])
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Work that is done piece by piece: each in a process of its own, stored as soon as it is finished.
+
+A run that is stopped goes on where it was: what is stored is not done again. With a deadline nothing is begun that the
+deadline leaves no time for, and a piece that the deadline cuts short counts as not done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from bench import report
+
+_LEAST_S = 20.0
+"""With less time than this to the deadline nothing is begun."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of ``python -m module arguments --out FILE``; ``key`` names its result."""
+
+    key: str
+    module: str
+    arguments: tuple[str, ...]
+    limit_s: float = 900.0
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Store:
+    """Results by key in one JSON file, rewritten after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
+
+    def put(self, key: str, row: Mapping[str, Any], *, device: str) -> None:
+        """Keep ``row``, with the machine, the versions, the commit and the time."""
+        self.rows[key] = {**row, "machine": report.machine(device), "commit": report.commit(), "date": report.now()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+        os.replace(draft, self.path)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run came. ``failed``: keys of the tasks whose result is an error."""
+
+    done: int
+    left: int
+    failed: tuple[str, ...]
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    store: Store,
+    *,
+    device: str,
+    minutes: float | None = None,
+    again: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    run: Callable[..., dict[str, Any]] = report.run_worker,
+    clock: Callable[[], float] = monotonic,
+) -> Progress:
+    """Do the tasks that ``store`` has no result of, in order, until ``minutes`` are over.
+
+    Args:
+        tasks: what is to be done; tasks of one key are done once.
+        store: where results go.
+        device: whose machine is noted with them.
+        minutes: the time that may be taken; None: as long as it takes.
+        again: do all of them, also those that are stored.
+        say: called with a line per task.
+        run: does one task; for tests.
+        clock: seconds; for tests.
+    """
+    end = None if minutes is None else clock() + 60 * minutes
+    firsts: dict[str, Task] = {}
+    for task in tasks:
+        firsts.setdefault(task.key, task)
+    unique = list(firsts.values())
+    pending = [task for task in unique if again or task.key not in store.rows]
+    for number, task in enumerate(pending):
+        room = None if end is None else end - clock()
+        if room is not None and room < _LEAST_S:
+            break
+        limit = task.limit_s if room is None else min(task.limit_s, room)
+        say(f"{number + 1} of {len(pending)}: {task.key} ...")
+        outcome = run(task.module, list(task.arguments), environment=dict(task.environment), timeout_s=limit)
+        if outcome.get("timed_out") and limit < task.limit_s:
+            break
+        store.put(task.key, {k: v for k, v in outcome.items() if k != "timed_out"}, device=device)
+    left = sum(task.key not in store.rows for task in unique)
+    failed = tuple(task.key for task in unique if "error" in store.rows.get(task.key, {}))
+    return Progress(len(unique) - left, left, failed)
+
+
+def print_progress(progress: Progress, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say how far it came, and why what failed did."""
+    for key in progress.failed:
+        print(f"{key} failed: {rows[key]['error']}")
+    print(f"{progress.done} done, {progress.left} left" + ("; run it again to go on" if progress.left else ""))
+
+
+def has_device(device: str) -> bool:
+    """Whether this machine has it."""
+    return torch.device(device).type != "cuda" or torch.cuda.is_available()
+
+
+def machines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return one line for each machine that the rows come from: processor or accelerator, versions, commits."""
+    lines: dict[str, set[str]] = {}
+    for row in rows:
+        machine = row["machine"]
+        where = machine.get("gpu", {}).get("name") or f"{machine['cpu']}, {machine['torch_threads']} threads"
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+        line = f"{where}; Python {machine['python']}, {versions}"
+        lines.setdefault(line, set()).add((row["commit"] or "no commit")[:10])
+    return [f"{line}; commit {', '.join(sorted(commits))}" for line, commits in sorted(lines.items())]

@@ -1,0 +1,123 @@
+"""Predicted steps against steps that ran: eager rivals on fake tensors, compiled ones by their generated code."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import cells, headline, smoke
+from bench.cells import Cell
+from bench.measure import step_peak
+from bench.memory import bounds_of
+from bench.models import Case, make_case
+from bench.predict import predict
+from bench.rivals import Settings, make_trainee
+
+pytest.importorskip("transformers")
+SIZES = {"layers": 2, "batch": 4, "width": 128, "heads": 4, "vocab": 500, "length": 64, "resolution": 96}
+BERT, VIT = make_case("bert", **SIZES), make_case("vit", **SIZES)
+
+
+def measured_step(name: str, case: Case) -> tuple[int, int]:
+    """(peak of forward and backward, gradients and the optimizer's step) of the second step."""
+    trainee = make_trainee(name, case, Settings())
+    trainee.step()
+    trainee.clear()
+    step = step_peak(trainee.outputs, backward=lambda outputs: outputs.loss.backward()).peak_bytes
+    return step, trainee.grad_bytes() + step_peak(trainee.update).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["eager-attention", "eager", "checkpoint", "lora", "lora-checkpoint"])
+def test_an_eager_step_takes_what_was_predicted(name):
+    if name.startswith("lora"):
+        pytest.importorskip("peft")
+    found = predict(name, BERT, Settings())
+    step, update = measured_step(name, BERT)
+    assert found.step_bytes == pytest.approx(step, rel=0.05), "what operators take for themselves is not seen"
+    assert found.update_bytes == pytest.approx(update, rel=0.01)
+
+
+def test_answers_and_regression_train():
+    for case in (make_case("bert", **SIZES, head="answers"), make_case("bert", **SIZES, labels=1)):
+        found = predict("eager", case, Settings())
+        assert found.step_bytes == pytest.approx(measured_step("eager", case)[0], rel=0.03)
+
+
+def test_adapters_train_few_parameters():
+    pytest.importorskip("peft")
+    for case in (BERT, VIT):
+        whole, adapters = (predict(name, case, Settings()) for name in ("eager", "lora"))
+        assert 0 < adapters.optimizer_bytes < whole.optimizer_bytes / 10
+        assert whole.parameter_bytes < adapters.parameter_bytes < 1.1 * whole.parameter_bytes
+
+
+def test_plain_attention_keeps_its_probabilities():
+    case = make_case("bert", **{**SIZES, "length": 256})
+    kept = predict("eager-attention", case, Settings()).step_bytes - predict("eager", case, Settings()).step_bytes
+    probabilities = SIZES["layers"] * SIZES["batch"] * SIZES["heads"] * 256**2
+    assert kept > 4 * probabilities, "at least one copy in fp32"
+
+
+def test_the_total_is_what_is_there_and_the_larger_of_both_peaks():
+    found = predict("eager", BERT, Settings())
+    beside = found.parameter_bytes + found.buffer_bytes + found.optimizer_bytes + found.batch_bytes
+    assert found.total_bytes == beside + max(found.step_bytes, found.update_bytes)
+
+
+@pytest.fixture
+def small_cola(monkeypatch):
+    monkeypatch.setattr(cells, "case_of", lambda setting, **_: BERT)
+    monkeypatch.setattr(headline, "case_of", lambda setting, **_: BERT)
+
+
+def test_a_measured_cell_lies_close_to_its_prediction(small_cola):
+    measured = cells.fill(Cell("CoLA", "eager", "fp32", "cpu", "measured", times=True))
+    predicted = cells.fill(Cell("CoLA", "eager", "fp32", "cpu", "predicted"))
+    assert (measured.how, predicted.how) == ("measured", "predicted")
+    assert predicted.total_bytes == pytest.approx(measured.total_bytes, rel=0.02)
+    assert measured.recompiles == 0 and measured.samples_per_s is not None
+    assert predicted.step_ms is None and predicted.recompiles is None
+
+
+def test_a_run_on_a_cpu_is_held_against_its_cap(small_cola):
+    given = {"dtype": "fp32", "device": "cpu", "steps": 2, "batch": None}
+    taken = headline.train("SQuAD 2.0", "eager", 10**12, **given)
+    assert taken.fits and taken.steps == 2 and taken.total_bytes is not None
+    assert headline.train("SQuAD 2.0", "eager", taken.total_bytes, **given).fits
+    refused = headline.train("SQuAD 2.0", "eager", taken.total_bytes - 1, **given)
+    assert not refused.fits and f"a step takes {taken.total_bytes} bytes" in refused.reason
+
+
+# ---- the regression guard
+
+
+def results(**peaks: int) -> dict[str, dict[str, object]]:
+    counts = {"recompiles": 0, "compiles_later": 0}
+    return {name: {"worst": {"peak_bytes": peak}, **counts} for name, peak in peaks.items()}
+
+
+def test_the_guard_holds_peaks_and_recompiles_against_its_bounds():
+    bounds = bounds_of(smoke.CASE, 0.9)
+    assert {(b.rival, b.against): b.limit for b in bounds} == {
+        ("balanced", "eager"): 3.5, ("balanced", "compile"): 3.1, ("max", "eager"): 4.5, ("exact", "compile"): 1.35,
+    }  # fmt: skip
+    good = results(eager=500, compile=440, balanced=130, max=105, exact=300)
+    assert {line["verdict"] for line in smoke.verdicts_of(good, bounds)} == {"PASS"}
+    worse = results(eager=500, compile=440, balanced=150, max=105, exact=300)
+    missed = [line for line in smoke.verdicts_of(worse, bounds) if line["verdict"] != "PASS"]
+    assert [(line["rival"], line["against"]) for line in missed] == [("balanced", "eager"), ("balanced", "compile")]
+    good["max"]["compiles_later"] = 1
+    (missed_one,) = [line for line in smoke.verdicts_of(good, bounds) if line["verdict"] != "PASS"]
+    assert (missed_one["rival"], missed_one["against"]) == ("max", "recompiles")
+
+
+@pytest.mark.parametrize(("peak", "status"), [(130, 0), (200, 1)])
+def test_the_guard_fails_where_a_bound_is_missed(monkeypatch, capsys, peak, status):
+    peaks = {"eager": 500, "compile": 440, "balanced": peak, "max": 105, "exact": 300}
+    shown = {"saved_bytes": 1, "grad_bytes": 1, "phase": "backward", "parameters_trained": 1}
+
+    def measure(name: str, case: Case, settings: Settings, *, steps: int) -> dict[str, object]:
+        return {"worst": {"peak_bytes": peaks[name], **shown}, "recompiles": 0, "compiles_later": 0}
+
+    monkeypatch.setattr(smoke, "measure", measure)
+    assert smoke.main([]) == status
+    assert ("SHORT" in capsys.readouterr().out) == bool(status)

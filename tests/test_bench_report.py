@@ -1,0 +1,184 @@
+"""README's tables and docs/results.md are what the stored results say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import front, paper_table, render, report
+from bench.cells import Cell
+from bench.front import Point
+from bench.settings import TASKS
+
+_MACHINE = {"cpu": "A", "torch_threads": 2, "python": "3", "versions": {"torch": "9"}, "gpu": {"name": "G"}}
+_PEAKS = "memory-bert-{}layers-batch16-len128-fp32-cpu.json"
+
+
+def stored(rival: str, task: str, total: int, *, how: str, dtype: str, device: str, **more: Any) -> dict[str, Any]:
+    cell = Cell(task, rival, dtype, device, how)
+    if how == "measured" and device == "cpu":
+        cell = paper_table.scaled(cell, render._CPU_TOKENS)
+    figures = {"how": how, "batch": 8, "total_bytes": total, "parameter_bytes": 10**8, "optimizer_bytes": 2 * 10**8,
+               "batch_bytes": 0, **more}  # fmt: skip
+    return {cell.key: {"figures": figures, "machine": _MACHINE, "commit": "c" * 40, "date": "d"}}
+
+
+def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"rows": {k: v for row in rows for k, v in row.items()}}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for layers in (4, 12):
+        shutil.copy(report.RESULTS / _PEAKS.format(layers), tmp_path)
+    return tmp_path
+
+
+def all_twelve(totals: dict[str, int], **how: Any) -> list[dict[str, Any]]:
+    return [stored(rival, task, total, **how) for rival, total in totals.items() for task in TASKS]
+
+
+# ---- what is published
+
+
+def test_readme_is_what_the_results_say():
+    text = render.README.read_text()
+    assert render.filled(text, report.RESULTS) == text, "run python -m bench report"
+
+
+def test_the_page_of_results_is_what_the_results_say():
+    assert render.page(report.RESULTS) == render.PAGE.read_text(), "run python -m bench report"
+
+
+def test_the_check_finds_a_stale_page(monkeypatch, tmp_path, capsys):
+    readme, page = tmp_path / "README.md", tmp_path / "results.md"
+    readme.write_text(render.README.read_text().replace("<!-- bench:end -->", "by hand\n<!-- bench:end -->", 1))
+    monkeypatch.setattr(render, "README", readme)
+    monkeypatch.setattr(render, "PAGE", page)
+    assert render.main(["--check"]) == 1 and not page.exists()
+    assert "README.md: out of date" in capsys.readouterr().out
+    assert render.main([]) == 0 and page.exists()
+    assert render.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "<!-- bench:begin nothing -->\n<!-- bench:end -->\n"])
+def test_a_readme_without_its_blocks_is_refused(text, folder):
+    with pytest.raises(ValueError, match=r"README must have the blocks \['step-peak', 'twelve'\], once each, got"):
+        render.filled(text, folder)
+
+
+# ---- the twelve settings
+
+
+def test_step_peaks_are_those_of_the_files(folder):
+    path = folder / _PEAKS.format(4)
+    document = json.loads(path.read_text())
+    document["results"]["eager"]["worst"]["peak_bytes"] = 2 * document["results"]["max"]["worst"]["peak_bytes"]
+    path.write_text(json.dumps(document))
+    (line,) = (line for line in render.step_peak_block(folder).splitlines() if "`max`" in line)
+    assert line.split("|")[3].strip() == "2.00x"
+
+
+def test_readme_takes_predictions_until_everything_is_measured(folder):
+    totals = {"eager-attention": 10**10, "eager": 5 * 10**9, "balanced": 2 * 10**9}
+    assert "Not every setting" in render.twelve_block(folder)
+    write(folder, "twelve-cpu", *all_twelve(totals, how="predicted", dtype="fp32", device="cpu"))
+    predicted = render.twelve_block(folder)
+    assert "**Predicted**" in predicted and "slimfit_fx balanced" in predicted
+    (line,) = (line for line in predicted.splitlines() if "balanced" in line)
+    assert [cell.strip() for cell in line.split("|")[2:5]] == ["2.00", "5.00", "2.50"]
+    measured = all_twelve(totals, how="measured", dtype="tf32", device="cuda", step_ms=4.0)
+    write(folder, "twelve-cuda", *measured[:-1])
+    assert render.twelve_block(folder) == predicted, "one setting of balanced is missing"
+    write(folder, "twelve-cuda", *measured)
+    assert "**Measured** on a GPU" in render.twelve_block(folder)
+
+
+def test_measured_and_predicted_have_tables_of_their_own(folder):
+    both = [
+        *all_twelve({"eager": 7 * 10**9}, how="predicted", dtype="fp32", device="cpu"),
+        *all_twelve({"eager": 3 * 10**9}, how="measured", dtype="fp32", device="cpu"),
+    ]
+    write(folder, "twelve-cpu", *both)
+    page = render.page(folder)
+    measured, predicted = page.split("**Measured** on a CPU")[1].split("**Predicted**")
+    assert "3.00" in measured and "7.00" not in measured
+    assert "7.00" in predicted.split("## ")[0] and "3.00" not in predicted.split("## ")[0].split("Parameters")[0]
+
+
+def test_errors_and_goals_are_shown(folder):
+    rows = all_twelve({"eager-attention": 4 * 10**9, "balanced": 10**9}, how="predicted", dtype="fp32", device="cpu")
+    failed = stored("lora", "CoLA", 1, how="predicted", dtype="fp32", device="cpu")
+    key = next(iter(failed))
+    failed[key] = {"error": "exit status 1: ValueError: no", "machine": _MACHINE, "commit": None, "date": "d"}
+    write(folder, "twelve-cpu", *rows, failed)
+    page = render.page(folder)
+    assert "ValueError" in page
+    assert "balanced, eager-attention / it: 4.00, wanted >= 4.4: SHORT by 9.1%" in page
+    assert "a mean ratio of 13.33 against eager-attention" in page
+    assert "G; Python 3, torch 9; commit" in page
+
+
+# ---- under a cap, and the front
+
+
+def test_runs_under_a_cap_are_shown_as_they_ended(folder):
+    def outcome(rival: str, **how: Any) -> dict[str, Any]:
+        known = {"fits": True, "steps": 50, "total_bytes": 9 * 10**9, "reserved_bytes": 1, "seconds": 1.0, "reason": ""}
+        row = {"outcome": {**known, **how}, "machine": _MACHINE, "commit": None, "date": "d"}
+        return {f"SQuAD 2.0, tf32, 16 GB, {rival}": row}
+
+    late = outcome("eager", fits=False, reason="out of memory in step 1: CUDA out of memory")
+    write(folder, "gpu-headline-cuda", outcome("balanced"), late)
+    rows = {line.split("|")[1].strip(): line for line in render.page(folder).splitlines() if "SQuAD 2.0, " in line}
+    assert "trains, 9.0 GB" in rows["SQuAD 2.0, balanced"]
+    assert rows["SQuAD 2.0, eager"].split("|")[3].strip() == "out of memory in step 1"
+    assert rows["SQuAD 2.0, max"].split("|")[3].strip() == "-"
+
+
+POINTS = [Point("max", True, 10, 5.0), Point("balanced", True, 20, 9.0), Point("compile", False, 30, 8.0)]
+
+
+def test_the_front_is_what_nothing_beats():
+    slow = Point("eager", False, 5, 1.0)
+    marked = {p.rival: p.on_front for p in front.mark_front([*POINTS, slow])}
+    assert marked == {"max": True, "balanced": True, "compile": False, "eager": True}
+    assert [p.rival for p in front.mark_front(POINTS)] == ["max", "balanced", "compile"]
+
+
+def test_points_beyond_ours_are_those_that_none_of_ours_reaches():
+    assert front.beyond_ours(POINTS) == []
+    faster, equal = Point("compile", False, 30, 9.5), Point("compile", False, 20, 9.0)
+    assert front.beyond_ours([*POINTS, faster]) == [faster]
+    assert front.beyond_ours([*POINTS, equal]) == []
+    assert front.beyond_ours(POINTS[2:]) == POINTS[2:]
+
+
+def test_points_have_measured_throughput_or_the_rooflines():
+    how: dict[str, Any] = {"how": "predicted", "dtype": "fp32", "device": "cpu"}
+    rows = {**stored("compile", "CoLA", 50, **how, expected_ms=4.0), **stored("eager", "CoLA", 60, **how)}
+    chosen = [Cell("CoLA", rival, "fp32", "cpu", "predicted") for rival in ("compile", "eager", "max")]
+    assert front.points_of(rows, chosen) == [Point("compile", False, 50, 2000.0, on_front=True)]
+    measured = {**how, "how": "measured", "device": "cuda"}
+    rows = stored("max", "CoLA", 50, **measured, step_ms=8.0, expected_ms=1.0)
+    (point,) = front.points_of(rows, [Cell("CoLA", "max", "fp32", "cuda", "measured")])
+    assert (point.ours, point.samples_per_s) == (True, 1000.0)
+
+
+def test_a_front_is_published_as_data_and_picture(monkeypatch, tmp_path, folder, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "RESULTS", folder)
+    rows = [
+        stored(rival, "CoLA", total, how="predicted", dtype="fp32", device="cpu", expected_ms=ms)
+        for rival, total, ms in (("balanced", 10**9, 5.0), ("compile", 2 * 10**9, 4.0))
+    ]
+    write(folder, "twelve-cpu", *rows)
+    assert front.main(["--device", "cpu", "--models", "bert", "--minutes", "0", "--check"]) == 1
+    assert "rivals' points beyond ours: compile" in capsys.readouterr().out
+    assert (folder / "front-bert-fp32-cpu.png").stat().st_size > 1000
+    page = render.page(folder)
+    assert "Rivals' points beyond ours: compile." in page and "predicted (throughput: roofline" in page
