@@ -58,7 +58,7 @@ def predicted_events(session: Session) -> list[int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     spec=specs(**SMALLER),
     head=st.sampled_from(("loss", "tied to the embedding")),
@@ -82,7 +82,7 @@ MOST_GATES = 4
 
 
 @pytest.mark.slow
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(spec=specs(**SMALLER), preset=st.sampled_from(("exact", "max")))
 def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
     """All patterns of up to ``MOST_GATES`` gates, each run and measured."""
