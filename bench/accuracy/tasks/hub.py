@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bench.accuracy.tasks.base import ACCURACY, Metric, Recipe, Splits, Task
 from bench.accuracy.tasks.hub_metrics import F1, MATTHEWS, SPEARMAN
 from bench.accuracy.tasks.squad import SQUAD_F1, load_squad
+from bench.settings import Setting, setting_of
 from slimfit_fx.demo.data import Batch
 
 HELD_OUT = 0.1
@@ -35,51 +36,52 @@ _VIT_224, _VIT_384 = "google/vit-base-patch16-224-in21k", "google/vit-base-patch
 class HubTask:
     """A task of the paper: where its data and model are, and the settings of the authors' code."""
 
+    setting: Setting
     data: tuple[str, str | None]
     """Repository and configuration."""
     columns: tuple[str, ...]
     """One or two of text; the one of images; question and context."""
     model: str
-    freeze_rate: float
-    batch: int
-    size: int
-    """Tokens, or pixels per side."""
-    learning_rate: float
     metric: Metric
     label: str = "label"
-    labels: int = 2
-    """1: a regression."""
     test: str = "validation"
     """The part that is reported."""
 
+    @property
+    def size(self) -> int:
+        """Tokens, or pixels per side."""
+        return self.setting.size
 
-def _glue(config: str, columns: tuple[str, ...], rate: float, learning_rate: float, metric: Metric, **more: Any) -> Any:
-    return HubTask(("nyu-mll/glue", config), columns, _CASED, rate, 32, 128, learning_rate, metric, **more)
+    @property
+    def labels(self) -> int:
+        """Classes; 1 for a regression."""
+        return self.setting.labels
+
+
+def _glue(task: str, config: str, columns: tuple[str, ...], metric: Metric, test: str = "validation") -> HubTask:
+    return HubTask(setting_of(task), ("nyu-mll/glue", config), columns, _CASED, metric, test=test)
+
+
+def _images(task: str, data: str, column: str, model: str, **more: Any) -> HubTask:
+    return HubTask(setting_of(task), (data, None), (column,), model, ACCURACY, **more)
 
 
 PAPER_TASKS: dict[str, HubTask] = {
-    "cola": _glue("cola", ("sentence",), 0.90, 8e-5, MATTHEWS),
-    "sst2": _glue("sst2", ("sentence",), 0.95, 8e-5, ACCURACY),
-    "mrpc": _glue("mrpc", ("sentence1", "sentence2"), 0.90, 1.25e-4, F1),
-    "rte": _glue("rte", ("sentence1", "sentence2"), 0.90, 1.2e-4, ACCURACY),
-    "stsb": _glue("stsb", ("sentence1", "sentence2"), 0.85, 8e-5, SPEARMAN, labels=1),
-    "qnli": _glue("qnli", ("question", "sentence"), 0.95, 5e-5, ACCURACY),
-    "qqp": _glue("qqp", ("question1", "question2"), 0.80, 5e-5, F1),
-    "mnli": _glue("mnli", ("premise", "hypothesis"), 0.80, 4e-5, ACCURACY, labels=3, test="validation_matched"),
+    "cola": _glue("CoLA", "cola", ("sentence",), MATTHEWS),
+    "sst2": _glue("SST-2", "sst2", ("sentence",), ACCURACY),
+    "mrpc": _glue("MRPC", "mrpc", ("sentence1", "sentence2"), F1),
+    "rte": _glue("RTE", "rte", ("sentence1", "sentence2"), ACCURACY),
+    "stsb": _glue("STS-B", "stsb", ("sentence1", "sentence2"), SPEARMAN),
+    "qnli": _glue("QNLI", "qnli", ("question", "sentence"), ACCURACY),
+    "qqp": _glue("QQP", "qqp", ("question1", "question2"), F1),
+    "mnli": _glue("MNLI", "mnli", ("premise", "hypothesis"), ACCURACY, "validation_matched"),
     "squad2": HubTask(
-        ("rajpurkar/squad_v2", None), ("question", "context"), _UNCASED, 0.80, 128, 384, 1.8e-4, SQUAD_F1
+        setting_of("SQuAD 2.0"), ("rajpurkar/squad_v2", None), ("question", "context"), _UNCASED, SQUAD_F1
     ),
-    "cifar10": HubTask(
-        ("uoft-cs/cifar10", None), ("img",), _VIT_224, 0.90, 32, 224, 7.5e-5, ACCURACY, labels=10, test="test"
-    ),
-    "cifar100": HubTask(
-        ("uoft-cs/cifar100", None), ("img",), _VIT_224, 0.75, 32, 224, 5.5e-5, ACCURACY,
-        label="fine_label", labels=100, test="test",
-    ),
-    "imagenet": HubTask(
-        ("ILSVRC/imagenet-1k", None), ("image",), _VIT_384, 0.95, 128, 384, 5e-5, ACCURACY, labels=1000
-    ),
-}  # fmt: skip
+    "cifar10": _images("CIFAR-10", "uoft-cs/cifar10", "img", _VIT_224, test="test"),
+    "cifar100": _images("CIFAR-100", "uoft-cs/cifar100", "img", _VIT_224, label="fine_label", test="test"),
+    "imagenet": _images("ImageNet", "ILSVRC/imagenet-1k", "image", _VIT_384),
+}
 """All at three epochs, fp32, AdamW and linear decay, as the authors' code has them."""
 EPOCHS = 3
 
@@ -147,10 +149,10 @@ def hub_task(name: str, *, data: Path | None = None, weights: Path | None = None
     task = PAPER_TASKS[name]
     source = str(weights or task.model)
     load = functools.cache(lambda: load_hub(name, data=data, source=source))
-    recipe = Recipe(EPOCHS, task.batch, task.learning_rate, warmup_share=0.0)
+    recipe = Recipe(EPOCHS, task.setting.batch, task.setting.learning_rate, warmup_share=0.0)
     model = functools.partial(_model, task, source)
     title = f"{task.data[0]} {task.data[1] or ''}".strip() + f", {source}"
-    return Task(name, "full", title, recipe, task.metric, task.freeze_rate, model, load)
+    return Task(name, "full", title, recipe, task.metric, task.setting.freeze_rate, model, load)
 
 
 def load_hub(name: str, *, data: Path | None, source: str) -> Splits:
