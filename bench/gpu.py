@@ -6,25 +6,29 @@ In this order, so that a short loan of a machine tells most:
 2. ``table``: the paper's twelve settings, every rival, TF32 and then bf16: memory and throughput;
 3. ``front``: what the plots need beyond that;
 4. ``compile``: compile times, cold and warm;
-5. ``peak``: predicted against measured peaks.
+5. ``trainer``: the Hugging Face Trainer with and without us;
+6. ``peak``: predicted against measured peaks.
 
-Each piece has a process of its own and is stored at once (``bench/results/*-cuda.json``), so a call that is cut short
-loses one piece at most. Without ``--minutes`` it runs to the end. ``python -m bench report`` renders what is there.
+Memory does not depend on who else uses the GPU: ``--jobs 8`` finds it out for eight pieces side by side, and leaves
+step times for a later call without ``--jobs``. Each piece has a process of its own and is stored at once
+(``bench/results/*-cuda.json``), so a call that is cut short loses one piece at most. Without ``--minutes`` it runs to
+the end. ``python -m bench report`` renders what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from time import monotonic
 
 import torch
 
-from bench import front, headline, peak, report
+from bench import front, headline, peak, report, trainer
 from bench.paper_table import DTYPES, RIVALS, cells, store_of
 from bench.settings import TASKS
-from bench.tasks import Store, Task, has_device, print_progress, run_tasks
+from bench.tasks import Store, Task, has_device, lacks_times, print_progress, run_tasks
 
 LIMIT_S = 500.0
 """For one piece; less than the shortest useful ``--minutes``."""
@@ -66,6 +70,14 @@ def compile_tasks(device: str) -> list[Task]:
     ]
 
 
+def trainer_tasks(device: str) -> list[Task]:
+    """200 steps of each rival under the Hugging Face Trainer."""
+    return [
+        Task(f"trainer, {name}", "bench.trainer", ("--rival", name, "--device", device), LIMIT_S)
+        for name in trainer.RIVALS
+    ]
+
+
 def peak_tasks(device: str) -> list[Task]:
     """Predicted against measured peaks."""
     return [
@@ -79,6 +91,7 @@ GROUPS: dict[str, Callable[[str], list[Task]]] = {
     "table": table_tasks,
     "front": front_tasks,
     "compile": compile_tasks,
+    "trainer": trainer_tasks,
     "peak": peak_tasks,
 }
 """In the order in which they run."""
@@ -87,7 +100,9 @@ GROUPS: dict[str, Callable[[str], list[Task]]] = {
 def stores(device: str) -> dict[str, Store]:
     """Where each group's results go; the front's cells lie with the table's."""
     kind = torch.device(device).type
-    own = {name: Store(report.RESULTS / f"gpu-{name}-{kind}.json") for name in ("headline", "compile", "peak")}
+    own = {
+        name: Store(report.RESULTS / f"gpu-{name}-{kind}.json") for name in ("headline", "compile", "trainer", "peak")
+    }
     table = store_of(device)
     return {**own, "table": table, "front": table}
 
@@ -112,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m bench gpu: there is no {options.device} here; --list shows what it would do", file=sys.stderr)
         return 2
     for name in options.only:
-        tasks = GROUPS[name](options.device)
+        tasks = [task for task in GROUPS[name](options.device) if re.search(options.match, task.key)]
         if options.list:
             for key in dict.fromkeys(task.key for task in tasks):
                 print(f"{'done' if key in kept[name].rows else '    '} {name}: {key}")
@@ -120,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         minutes = None if options.minutes is None else options.minutes - (monotonic() - began) / 60
         progress = run_tasks(
             tasks, kept[name], device=options.device, minutes=minutes, again=options.again,
+            jobs=options.jobs, lacks=lacks_times if options.jobs == 1 else lambda row: False,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
         print(f"\n{name}:")
@@ -135,6 +151,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="time for this call; default: until all is done")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--again", action="store_true", help="also what is stored already")
+    parser.add_argument("--jobs", type=int, default=1, help="pieces side by side: for memory alone, not for times")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only pieces whose key contains it")
     parser.add_argument("--list", action="store_true", help="print the pieces and run nothing")
     parser.add_argument("--compile", choices=_COMPILED, help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)

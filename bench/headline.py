@@ -83,7 +83,8 @@ def train(task: str, rival: str, cap_bytes: int, *, dtype: str, device: str, ste
 
 
 def _under_cap(name: str, case: Any, settings: Settings, cap_bytes: int, steps: int) -> Outcome:
-    device, done, loss, began = case.device, 0, None, perf_counter()
+    device, done, loss, began = torch.device(case.device), 0, None, perf_counter()
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
     whole = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(cap_fraction(cap_bytes, whole), device)
     reason = ""

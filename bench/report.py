@@ -202,14 +202,17 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the hash of the tree's commit, with "+" behind it if files differ from it; None outside of git."""
+    """Return the hash of the tree's commit, with "+" behind it if files differ from it.
+
+    Outside of git, as in a copy of the tree on another machine: what ``BENCH_COMMIT`` says, or None.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         return head + (
             "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCH_COMMIT")
 
 
 def _git(*arguments: str) -> str:

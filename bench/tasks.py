@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -65,6 +67,8 @@ def run_tasks(
     device: str,
     minutes: float | None = None,
     again: bool = False,
+    jobs: int = 1,
+    lacks: Callable[[Mapping[str, Any]], bool] = lambda row: False,
     say: Callable[[str], None] = lambda _: None,
     run: Callable[..., dict[str, Any]] = report.run_worker,
     clock: Callable[[], float] = monotonic,
@@ -77,6 +81,8 @@ def run_tasks(
         device: whose machine is noted with them.
         minutes: the time that may be taken; None: as long as it takes.
         again: do all of them, also those that are stored.
+        jobs: how many are done side by side; times that they measure mean nothing then (``without_times``).
+        lacks: says of a stored result that it is to be found out again.
         say: called with a line per task.
         run: does one task; for tests.
         clock: seconds; for tests.
@@ -86,20 +92,47 @@ def run_tasks(
     for task in tasks:
         firsts.setdefault(task.key, task)
     unique = list(firsts.values())
-    pending = [task for task in unique if again or task.key not in store.rows]
-    for number, task in enumerate(pending):
-        room = None if end is None else end - clock()
-        if room is not None and room < _LEAST_S:
-            break
+    pending = [t for t in unique if again or t.key not in store.rows or lacks(store.rows[t.key])]
+    numbers = iter(range(1, len(pending) + 1))
+    lock = Lock()
+
+    def do(task: Task) -> bool:
+        """Do one and keep its result; False if the time is over."""
+        with lock:
+            room = None if end is None else end - clock()
+            if room is not None and room < _LEAST_S:
+                return False
+            say(f"{next(numbers)} of {len(pending)}: {task.key} ...")
         limit = task.limit_s if room is None else min(task.limit_s, room)
-        say(f"{number + 1} of {len(pending)}: {task.key} ...")
         outcome = run(task.module, list(task.arguments), environment=dict(task.environment), timeout_s=limit)
         if outcome.get("timed_out") and limit < task.limit_s:
-            break
-        store.put(task.key, {k: v for k, v in outcome.items() if k != "timed_out"}, device=device)
+            return False
+        row = {k: v for k, v in outcome.items() if k != "timed_out"}
+        with lock:
+            store.put(task.key, row if jobs == 1 else without_times(row), device=device)
+        return True
+
+    if jobs == 1:
+        all(map(do, pending))  # up to the first that there is no time for
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(do, pending))
     left = sum(task.key not in store.rows for task in unique)
     failed = tuple(task.key for task in unique if "error" in store.rows.get(task.key, {}))
     return Progress(len(unique) - left, left, failed)
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result without the times in it: others used the device while they were measured."""
+    figures = row.get("figures")
+    kept = {k: v for k, v in row.items() if k != "seconds"}
+    return {**kept, "figures": {**figures, "step_ms": None}} if isinstance(figures, Mapping) else kept
+
+
+def lacks_times(row: Mapping[str, Any]) -> bool:
+    """Whether ``without_times`` took the step time of a measured cell."""
+    figures = row.get("figures")
+    return isinstance(figures, Mapping) and figures.get("step_ms", 0.0) is None
 
 
 def print_progress(progress: Progress, rows: Mapping[str, Mapping[str, Any]]) -> None:

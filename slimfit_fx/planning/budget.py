@@ -23,6 +23,7 @@ from slimfit_fx.config import FALLBACK, LOSSLESS_PRESETS, RECOMPUTE, Config
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.sensitivity import held_bytes, loses_less, maps_between
+from slimfit_fx.planning.workspaces import library_bytes
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
@@ -51,11 +52,13 @@ class FixedBytes:
     """Gradients, copies of open weights for the distances and the optimizer's temporaries, while it steps."""
     gradients: int = 0
     """Of the largest units that may be open, and of all that always trains."""
+    libraries: int = 0
+    """What the device's libraries keep for themselves (workspaces.py)."""
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return self.parameters + self.buffers + self.optimizer_state
+        """What is there before and behind each step."""
+        return self.parameters + self.buffers + self.optimizer_state + self.libraries
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def fixed_bytes(
         optimizer_state=optimizer_state,
         update=trained + (opened if copies else 0) + temporaries,
         gradients=trained,
+        libraries=max((library_bytes(device) for device in {p.device for p in parameters}), default=0),
     )
 
 
@@ -244,6 +248,8 @@ def _takes(budget: Budget, best: Judged) -> str:
         f"{format_bytes(fixed.parameters + fixed.buffers)} parameters and buffers, "
         f"{format_bytes(fixed.optimizer_state)} optimizer state"
     )
+    if fixed.libraries:
+        text += f", {format_bytes(fixed.libraries)} that the device's libraries keep"
     if fixed.update > earlier + best.step_peak_bytes:
         return f"{text}, {format_bytes(fixed.update)} in the optimizer's step ({best.config.label})"
     accumulated = f", {format_bytes(earlier)} accumulated gradients" if earlier else ""

@@ -70,30 +70,38 @@ def can_measure() -> bool:
 def measure_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory:
     """The memory of ``func(*args, **kwargs)``, where a ``TensorSpec`` stands for a tensor of that kind.
 
-    The call runs twice: what a library allocates once and for all is no part of it. Random state is left as it was.
+    The call runs twice: what a library allocates once and for all is no part of it. Random state is left as it was. The
+    tensors are all on one device, whose allocator is the one that is watched.
 
     Raises:
         whatever the call raises.
     """
-    with _undisturbed():
+    device = device_of(tree_flatten((args, kwargs))[0])
+    with _undisturbed(device):
         real, named = tree_map(_zeros, (args, kwargs))
         func(*real, **named)
         with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             returned = func(*real, **named)
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     nodes = walk(recorded.profiler.kineto_results.experimental_event_tree())
-    found = sorted((n for n in nodes if n.name == _ALLOCATION), key=lambda n: n.start_time_ns)
+    on_device = (n for n in nodes if n.name == _ALLOCATION and n.extra_fields.device.type == device.type)
+    found = sorted(on_device, key=lambda n: n.start_time_ns)
     return _summary(found, returned, tree_flatten((real, named))[0])
 
 
+def device_of(leaves: Iterable[Any]) -> torch.device:
+    """The device of the first tensor among ``leaves``, described or real; the CPU if there is none."""
+    return next((x.device for x in leaves if isinstance(x, TensorSpec | Tensor)), torch.device("cpu"))
+
+
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(device: torch.device) -> Iterator[None]:
     """No mode, no autograd, no autocast; the random state is put back."""
     with (
         _disable_current_modes(),
         torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"),
     ):
         yield
 

@@ -1,13 +1,17 @@
-"""Memory that an operator takes for itself while it runs, on a CPU: measured where that is cheap, bounded where not.
+"""Memory that an operator takes for itself while it runs: measured where that is cheap, bounded where not.
 
 Three ways, in this order:
 
-- the call itself is measured (call_memory.py), if its tensors take no more than ``_AFFORDABLE`` bytes;
+- the call itself is measured (call_memory.py), if its tensors are affordable: 32 MiB on a CPU, where that takes time;
+  on a GPU a small share of its memory;
 - a smaller call is measured, for operators whose temporaries do not grow with all their sizes (``_SMALLER``): oneDNN's
-  matrix products keep a block per thread, attention kernels one tile per thread, convolutions something per image;
-- a formula (``_FORMULAS``), if nothing can be measured because the user's own profiler is active.
+  matrix products keep a block per thread, attention kernels one tile per thread, convolutions something per image; a
+  GPU's attention kernels have temporaries for every head of every example;
+- a formula (``_FORMULAS``; for a CPU), if nothing can be measured because the user's own profiler is active.
 
-All of it is an upper bound: the two latter ways have a margin.
+A GPU's plain products take nothing: cuBLAS keeps one workspace for all of them (``library_bytes``).
+
+All of it is an upper bound: the two latter ways have a margin, where sizes do not follow from each other exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,11 +28,15 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from slimfit_fx.planning.blocks import TensorSpec
-from slimfit_fx.planning.call_memory import CallMemory, can_measure, measure_call
+from slimfit_fx.planning.call_memory import CallMemory, can_measure, device_of, measure_call
 
 log = logging.getLogger("slimfit_fx.planning")
 
 _AFFORDABLE = 32 * 2**20
+_GPU_SHARE = 64
+"""On a GPU, calls of up to this part of its memory are measured."""
+_HEADS = 256
+"""Heads of attention that are enough to keep every multiprocessor of a GPU busy."""
 _ROWS = 2048
 """oneDNN's blocks stop growing before a dimension has this size."""
 _MARGIN = 1.05
@@ -46,9 +56,9 @@ def call_memory(
     """
     leaves = tree_flatten((args, kwargs))[0]
     specs = [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
-    if not _runs_here(name, leaves) or sum(spec.nbytes for spec in specs) > _AFFORDABLE or not can_measure():
+    if not _runs_here(name, leaves) or sum(spec.nbytes for spec in specs) > _affordable(specs) or not can_measure():
         return None
-    if "out" in kwargs and _is_plain_product(name, specs):
+    if _is_plain_product(name, specs) and ("out" in kwargs or specs[-1].device.type == "cuda"):
         return None
     return _measured(name, func, args, kwargs)
 
@@ -58,20 +68,45 @@ def workspace_bytes(name: str, func: Callable[..., Any], args: tuple[Any, ...], 
     leaves = tree_flatten((args, kwargs))[0]
     if not _runs_here(name, leaves) or _is_plain_product(name, [x for x in leaves if isinstance(x, TensorSpec)]):
         return 0
-    smaller = _SMALLER.get(name)
+    on_gpu = device_of(leaves).type == "cuda"
+    smaller = (_SMALLER_ON_GPU if on_gpu else _SMALLER).get(name)
     if smaller is not None and can_measure():
         return int(_MARGIN * smaller(name, func, args, kwargs))
-    formula = _FORMULAS.get(name)
+    formula = None if on_gpu else _FORMULAS.get(name)
     return formula(*args) if formula is not None else 0
 
 
 def _runs_here(name: str, leaves: Sequence[Any]) -> bool:
     devices = [x.device if isinstance(x, TensorSpec) else x for x in leaves if isinstance(x, TensorSpec | torch.device)]
-    return name.split("::")[0] in _NAMESPACES and all(device.type == "cpu" for device in devices)
+    kinds = {device.type for device in devices}
+    there = kinds <= {"cpu"} or (kinds == {"cuda"} and torch.cuda.is_available())
+    return name.split("::")[0] in _NAMESPACES and there
+
+
+def _affordable(specs: Sequence[TensorSpec]) -> int:
+    device = device_of(specs)
+    if device.type == "cpu":
+        return _AFFORDABLE
+    return int(torch.cuda.get_device_properties(device).total_memory) // _GPU_SHARE
 
 
 def _is_plain_product(name: str, specs: Sequence[TensorSpec]) -> bool:
-    return name in _PLAIN and specs[-1].dtype not in _HALF
+    return name in _PLAIN and (specs[-1].dtype not in _HALF or specs[-1].device.type == "cuda")
+
+
+def library_bytes(device: torch.device) -> int:
+    """What cuBLAS keeps on a GPU from the first product on: a workspace for forward's thread and one for backward's.
+
+    0 on a CPU. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp; ``CUBLAS_WORKSPACE_CONFIG`` (pairs of KiB and
+    count, as in ``:4096:2:16:8``) changes it.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if not pairs:
+        large = torch.cuda.get_device_properties(device).major in (9, 10)
+        pairs = [(4096, 8)] if large else [(4096, 2), (16, 8)]
+    return 2 * sum(1024 * int(size) * int(count) for size, count in pairs)
 
 
 def _measured(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory | None:
@@ -112,6 +147,24 @@ def _of_tiles(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
     found = _measured(name, func, *tree_map(cut, (args, kwargs)))
     return 0 if found is None else found.workspace_bytes
+
+
+def _of_examples(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """A GPU's attention (batch, heads, length, width): some examples, and as much again for each of the others.
+
+    Enough of them that the kernels have work for the whole device: with less they may split the keys of a head, and
+    keep a temporary for each part (torch's mem_eff_attention and flash_attn).
+    """
+    batch, heads = args[0].shape[:2]
+    few = min(batch, -(-_HEADS // max(1, heads)))
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorSpec) or len(leaf.shape) < 3 or leaf.shape[0] != batch:
+            return leaf
+        return _resized(leaf, [few, *leaf.shape[1:]])
+
+    found = _measured(name, func, *tree_map(cut, (args, kwargs)))
+    return 0 if found is None else -(-found.workspace_bytes * batch // max(1, few))
 
 
 def _of_images(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -182,6 +235,16 @@ _SMALLER: dict[str, Callable[..., int]] = {
     "mkldnn::_linear_pointwise": _of_blocks,
     _ATTENTION: _of_tiles,
     f"{_ATTENTION}_backward": _of_tiles,
+    "aten::convolution": _of_images,
+    "aten::convolution_backward": _of_images,
+}
+_GPU_ATTENTION = tuple(
+    f"aten::_scaled_dot_product_{kind}_attention{end}"
+    for kind in ("efficient", "flash", "cudnn")
+    for end in ("", "_backward")
+)
+_SMALLER_ON_GPU: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(_GPU_ATTENTION, _of_examples),
     "aten::convolution": _of_images,
     "aten::convolution_backward": _of_images,
 }
