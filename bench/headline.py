@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -99,11 +101,22 @@ def _under_cap(name: str, case: Any, settings: Settings, cap_bytes: int, steps: 
         if not math.isfinite(loss or 0.0):
             reason = f"the loss is {loss}"
     except torch.cuda.OutOfMemoryError as error:
-        reason = f"out of memory in step {done + 1}: {str(error).splitlines()[0][:200]}"
+        reason = f"out of memory in step {done + 1}: {_wanted(error)}, {_where(error)}"
     except ValueError as error:
         reason = f"refused: {str(error)[:300]}"
     most, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return Outcome(not reason, done, most, reserved, perf_counter() - began, loss, reason)
+
+
+def _wanted(error: BaseException) -> str:
+    found = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+    return found.group().lower() if found else str(error)[:200]
+
+
+def _where(error: BaseException) -> str:
+    """The line of code that ran out of memory."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {last.name}: {last.line}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 
 from bench import report
+from bench.cells import first_visits
 from bench.measure import step_peak
 from bench.models import autocast, make_case
 from bench.rivals import Settings, Trainee, make_trainee
@@ -59,6 +60,8 @@ def work(options: argparse.Namespace) -> None:
     case = make_case(model, **settings)
     trainee = make_trainee(preset, case, Settings())
     trainee.step()
+    for _ in range(first_visits(trainee)):
+        trainee.step()
     session: Any = trainee.session
     patterns = ["scheduled"] * options.steps + ["all closed", "one open"]
     rows = [_row(trainee, session, pattern) for pattern in patterns]

@@ -197,14 +197,14 @@ def test_a_peak_is_predicted_to_the_percent():
         model, session = optimized(tiny(depth=3), executor="inductor", preset="balanced", freeze_rate=0.5)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         data = batch(batch=64, length=256)
-        for number in range(4):
+        for number in range(8):
             optimizer.zero_grad(set_to_none=True)
-            if number == 0:
+            if number < 4:  # every kernel runs once: Inductor times its variants then, in memory of its own
                 model(*data).backward()
             else:
                 found = step_peak(lambda: model(*data), backward=Tensor.backward, device=DEVICE, timeline=False)
                 predicted = session.predict_peak().peak_bytes
-                assert abs(predicted / found.peak_bytes - 1) <= 0.03, (predicted, found.peak_bytes)
+                assert abs(predicted / found.peak_bytes - 1) <= 0.03, (number, predicted, found.peak_bytes)
                 assert found.peak_bytes <= 1.01 * session.plan.peak.worst_bytes
             optimizer.step()
 
@@ -215,6 +215,9 @@ def test_a_memory_budget_holds(cheap_only):
         config = slimfit_fx.Config(memory_budget=80 * 2**20 + LIBRARIES, preset="max", min_bytes=256)
         slimfit_fx.optimize(model, config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            model(*data).backward()
+        optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         own = sum(p.numel() * p.element_size() for p in model.parameters())
         others = torch.cuda.memory_allocated() - own
@@ -223,5 +226,5 @@ def test_a_memory_budget_holds(cheap_only):
             optimizer.zero_grad(set_to_none=True)
             model(*data).backward()
             optimizer.step()
-        most = torch.cuda.max_memory_allocated() - others
+        most = torch.cuda.max_memory_allocated() - others + LIBRARIES
         assert most <= 1.01 * config.memory_budget, (most, others, slimfit_fx.session(model).plan.notes)

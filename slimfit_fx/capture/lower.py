@@ -77,6 +77,8 @@ def lower_with_inductor(
             "torch.ops.higher_order.cond": torch.__version__,
             "torch.ops.higher_order.invoke_subgraph": torch.__version__,
         },
+        # a block's results would be padded inside of it, while its callers take them to be dense (and it costs memory)
+        "comprehensive_padding": False,
     }
     if hasattr(inductor_config, "reorder_for_peak_memory"):
         # it takes a branch for the gradient it may return, and puts it off to the end, with all that the branch reads
