@@ -24,7 +24,7 @@ from graphs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import differences, equal_bits, optimized, step
-from small_models import Tiny, tokens
+from small_models import Block, Tiny, tokens
 from torch import fx, nn
 
 from slimfit_fx.graph.canonical import graph_text, node_text
@@ -358,16 +358,16 @@ def test_the_run_that_saves_most_is_found():
     assert names(nodes[run.start : run.start + 1])
 
 
-class Feed(nn.Module):
-    """Three equal layers whose codes' scales have a stride that Inductor would round up on a GPU."""
+class Wide(nn.Module):
+    """Three blocks whose codes' scales have a stride that Inductor would round up on a GPU."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(width, 2, dropout=0.0) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + nn.functional.gelu(layer(x))
+        for block in self.blocks:
+            x = block(x)
         return x.square().mean()
 
 
@@ -375,7 +375,7 @@ class Feed(nn.Module):
 def test_results_of_blocks_are_as_dense_as_their_callers_take_them_to_be():
     x = torch.randn(2, 515, 256, generator=torch.Generator().manual_seed(0))
     with torch._inductor.config.patch(disable_padding_cpu=False):
-        model, session = optimized(Feed(), preset="balanced", executor="inductor", freeze_rate=0.5)
+        model, session = optimized(Wide(), preset="balanced", executor="inductor", freeze_rate=0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         for _ in range(4):
             _, grads = step(model, model, (x,))
