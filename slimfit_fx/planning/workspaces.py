@@ -5,8 +5,8 @@ Three ways, in this order:
 - the call itself is measured (call_memory.py), if its tensors are affordable: 32 MiB on a CPU, where that takes time;
   on a GPU a small share of its memory;
 - a smaller call is measured, for operators whose temporaries do not grow with all their sizes (``_SMALLER``): oneDNN's
-  matrix products keep a block per thread, attention kernels one tile per thread, convolutions something per image; a
-  GPU's attention kernels have temporaries for every head of every example;
+  matrix products keep a block per thread, attention kernels one tile per thread and something per example,
+  convolutions something per image; a GPU's attention kernels have temporaries for every head of every example;
 - a formula (``_FORMULAS``; for a CPU), if nothing can be measured because the user's own profiler is active.
 
 A GPU's plain products take nothing: cuBLAS keeps one workspace for all of them (``library_bytes``).
@@ -136,19 +136,6 @@ def _of_blocks(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     return 0 if found is None else found.workspace_bytes
 
 
-def _of_tiles(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Attention (batch, heads, length, width): as many heads as threads, of one example."""
-    threads = torch.get_num_threads()
-
-    def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorSpec) or len(leaf.shape) < 3:
-            return leaf
-        return _resized(leaf, [min(1, leaf.shape[0]), min(threads, leaf.shape[1]), *leaf.shape[2:]])
-
-    found = _measured(name, func, *tree_map(cut, (args, kwargs)))
-    return 0 if found is None else found.workspace_bytes
-
-
 def _of_examples(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """A GPU's attention (batch, heads, length, width): some examples, and as much again for each of the others.
 
@@ -168,13 +155,38 @@ def _of_examples(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def _of_images(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """A convolution of two smaller batches, and a straight line through them."""
+    """A convolution: as many images as threads, or twice as many, and a straight line through the two."""
     images = [0] if name == "aten::convolution" else [0, 1]
-    batch = args[0].shape[0]
-    sizes = [min(batch, torch.get_num_threads() * times) for times in (1, 2)]
+    return _on_a_line(name, func, args, kwargs, args[0].shape[0], torch.get_num_threads(), lambda i, _: i in images)
+
+
+def _of_tiles(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """A CPU's attention (batch, heads, length, width): a tile per thread, and what may be packed for every head.
+
+    Examples enough that every thread has a head, or twice as many, and a straight line through the two.
+    """
+    batch, heads = args[0].shape[:2]
+    least = -(-torch.get_num_threads() // max(1, heads))
+    return _on_a_line(name, func, args, kwargs, batch, least, lambda _, x: len(x.shape) > 2 and x.shape[0] == batch)
+
+
+def _on_a_line(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: int,
+    least: int,
+    is_batched: Callable[[int, TensorSpec], bool],
+) -> int:
+    """The temporaries for ``batch`` examples, from those for ``least`` and for twice as many."""
+    sizes = [min(batch, least * times) for times in (1, 2)]
     found = []
     for size in sizes:
-        cut = [_resized(x, [size, *x.shape[1:]]) if i in images else x for i, x in enumerate(args)]
+        cut = [
+            _resized(x, [size, *x.shape[1:]]) if isinstance(x, TensorSpec) and is_batched(i, x) else x
+            for i, x in enumerate(args)
+        ]
         memory = _measured(name, func, tuple(cut), kwargs)
         found.append(0 if memory is None else memory.workspace_bytes)
     growth = (found[1] - found[0]) / max(1, sizes[1] - sizes[0])
@@ -204,21 +216,39 @@ def _product_bytes(*args: Any) -> int:
 
 
 def _convolution_bytes(value: Any, weight: Any, *_: Any) -> int:
-    """The weights in another order, or the result in another order."""
-    return 2 * math.prod(weight.shape) * weight.dtype.itemsize + value.nbytes
+    """The weights in another order, or the result in another order; in half precision, an image per thread as well."""
+    if weight.dtype not in _HALF:
+        return 2 * math.prod(weight.shape) * weight.dtype.itemsize + value.nbytes
+    return int(2 * _blocked_bytes(weight) + value.nbytes + 1.25 * _image_bytes(value) * torch.get_num_threads())
 
 
 def _convolution_backward_bytes(gradient: Any, value: Any, weight: Any, *_: Any) -> int:
-    """Weights in blocks of 16 channels per thread, one image per thread, and the gradient in another order."""
+    """Weights in blocks of channels per thread, one image per thread, and the gradient in another order."""
     threads = torch.get_num_threads()
-    channels = max(1, weight.shape[1])
-    blocked = 4 * -(-channels // 16) * 16 / channels * math.prod(weight.shape)
-    image = 4 * math.prod(value.shape[1:])
-    return int(blocked * (1 + threads) / 2 + image * threads + gradient.nbytes + 2 * weight.nbytes)
+    copies = 1 + threads if weight.dtype in _HALF else (1 + threads) / 2
+    weights = _blocked_bytes(weight) * copies + 2 * weight.nbytes
+    return int(weights + _image_bytes(value) * threads + gradient.nbytes)
+
+
+def _blocked_bytes(weight: TensorSpec) -> int:
+    """Weights (out, in, ...) in fp32, channels rounded up as oneDNN does: to 16, or 32 for tiles of half precision."""
+    made, read, *kernel = weight.shape
+    block = 32 if weight.dtype in _HALF else 16
+    made = -(-made // 16) * 16 if weight.dtype in _HALF else made
+    return 4 * made * -(-max(1, read) // block) * block * math.prod(kernel)
+
+
+def _image_bytes(value: TensorSpec) -> int:
+    """One image (batch, channels, ...) in fp32; in half precision its channels rounded up to 32."""
+    channels = -(-value.shape[1] // 32) * 32 if value.dtype in _HALF else value.shape[1]
+    return 4 * channels * math.prod(value.shape[2:])
 
 
 def _attention_bytes(query: Any, key: Any, *_: Any, backward: bool = False) -> int:
-    """One tile of scores per thread (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp); one more in half precision."""
+    """One tile of scores per thread (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp); one more in half precision.
+
+    Where the processor multiplies tiles of half precision, keys and values of every head are packed first.
+    """
     queries, head = query.shape[-2:]
     queries_at_once = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
     keys_at_once = min(key.shape[-2], 512)
@@ -226,7 +256,8 @@ def _attention_bytes(query: Any, key: Any, *_: Any, backward: bool = False) -> i
     elements = 2 * scores + queries_at_once if backward else scores + queries_at_once * (2 + head)
     half = query.dtype in _HALF
     packed = 2 * scores + 4 * keys_at_once * (head + 32) + 4 * queries_at_once * head if half else 0
-    return (4 * elements + packed) * torch.get_num_threads() + (3 * packed if half and backward else 0)
+    every_head = 2 * key.nbytes if half else 0
+    return (4 * elements + packed) * torch.get_num_threads() + every_head + (3 * packed if half and backward else 0)
 
 
 _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
