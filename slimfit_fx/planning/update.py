@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from slimfit_fx.schedule.distance import update_distance
 
@@ -48,12 +48,13 @@ def update_memory(optimizer: Optimizer, wanted: Collection[int]) -> UpdateMemory
     None if that cannot be told: its ``step`` wants a closure, or does what no tensor without values can. The optimizer,
     its parameters and its state are left as they are.
     """
-    try:
-        with _disable_current_modes(), torch.random.fork_rng(devices=[]):
-            return _simulated(optimizer, wanted)
-    except Exception:  # an optimizer may hold any code
-        log.debug("the memory of %s could not be followed", type(optimizer).__name__, exc_info=True)
-        return None
+    for begun in (False, True):
+        try:
+            with _disable_current_modes(), torch.random.fork_rng(devices=[]):
+                return _simulated(optimizer, wanted, begun)
+        except Exception:  # an optimizer may hold any code
+            log.debug("the memory of %s could not be followed", type(optimizer).__name__, exc_info=True)
+    return None
 
 
 def step_memory(
@@ -86,8 +87,8 @@ def count_bytes(function: Callable[[], Any]) -> int:
     return counter.most
 
 
-def _simulated(optimizer: Optimizer, wanted: Collection[int]) -> UpdateMemory:
-    replica, params = _replica(optimizer)
+def _simulated(optimizer: Optimizer, wanted: Collection[int], begun: bool) -> UpdateMemory:
+    replica, params = _replica(optimizer, begun)
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without the hooks of all optimizers
     for param in params.values():
         param.grad = torch.empty_like(param)
@@ -100,8 +101,12 @@ def _simulated(optimizer: Optimizer, wanted: Collection[int]) -> UpdateMemory:
     return UpdateMemory(state, count_bytes(lambda: step(replica)) + _SCALARS)
 
 
-def _replica(optimizer: Optimizer) -> tuple[Optimizer, dict[int, Tensor]]:
-    """The same optimizer without state, for parameters that have no values; and those, by the ids of the real ones."""
+def _replica(optimizer: Optimizer, begun: bool) -> tuple[Optimizer, dict[int, Tensor]]:
+    """The same optimizer, for parameters that have no values; and those, by the ids of the real ones.
+
+    It has no state, as before the first step; ``begun``: the state of the real one, for those that have state as soon
+    as they are made (Adagrad, before torch 2.12).
+    """
     params: dict[int, Tensor] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -112,8 +117,19 @@ def _replica(optimizer: Optimizer) -> tuple[Optimizer, dict[int, Tensor]]:
     replica.__dict__.update(optimizer.__dict__)
     hooks: dict[str, Any] = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
     replica.__dict__.update(hooks)
-    replica.__dict__.update(param_groups=groups, state=defaultdict(dict))
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for param, held in optimizer.state.items() if begun else ():
+        if id(param) in params:
+            state[params[id(param)]] = tree_map(_copy_without_values, dict(held))
+    replica.__dict__.update(param_groups=groups, state=state)
     return replica, params
+
+
+def _copy_without_values(leaf: Any) -> Any:
+    """Counters, which are numbers in tensors of the CPU, keep their values."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if leaf.dim() == 0 and leaf.device.type == "cpu" else _without_values(leaf).detach()
 
 
 def _without_values(param: Tensor) -> Tensor:
