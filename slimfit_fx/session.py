@@ -22,10 +22,11 @@ from slimfit_fx.beside_steps import (
 )
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
-from slimfit_fx.config import FALLBACK, Config
+from slimfit_fx.config import Config
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
+from slimfit_fx.presets import FALLBACK
 from slimfit_fx.runtime import peers
 from slimfit_fx.runtime.gated_reduce import GatedReduce, install
 from slimfit_fx.runtime.gates import GateTable

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from slimfit_fx.config import FALLBACK, PRESETS, Config, resolve
+from slimfit_fx.config import Config
+from slimfit_fx.presets import FALLBACK, PRESETS, resolve
 from slimfit_fx.schedule import OpenScheduler, RandomScheduler, UnitInfo
 
 codecs = pytest.importorskip("slimfit_fx.codecs")

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slimfit_fx.config import FALLBACK, LOSSLESS_PRESETS, RECOMPUTE, Config
+from slimfit_fx.config import RECOMPUTE, Config
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.sensitivity import held_bytes, loses_less, maps_between
+from slimfit_fx.presets import FALLBACK, LOSSLESS_PRESETS
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
