@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slimfit_fx._suggest import unknown
-from slimfit_fx.presets import FALLBACK, LOSSLESS_PRESETS, PRESETS, CodecTable, find_changes, resolve
+from slimfit_fx.presets import (
+    DISTANCE_SAMPLE,
+    DISTANCE_SAMPLES,
+    FALLBACK,
+    LOSSLESS_PRESETS,
+    PRESETS,
+    CodecTable,
+    find_changes,
+    resolve,
+)
 from slimfit_fx.schedule import DISTANCES, Scheduler, scheduler_names
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 EXECUTORS = ("inductor", "interpreter")
 RECOMPUTE = ("cheap", "products", "blocks")
+_OF_THE_PRESET: Any = "of the preset"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,9 @@ class Config:
     """Compile evaluation as well (plainly); otherwise it runs eagerly."""
     distance: str = "relative_mean"
     """How far a unit moved: ``"relative_mean"`` or ``"relative_norm"``."""
+    distance_sample: int | None = _OF_THE_PRESET
+    """Elements of each tensor, at most, that this is measured on, evenly spaced; None: all of them. Default: 65536, and
+    None if preset is ``"paper"``. It is settled when the object is made: ``replace(config, preset=...)`` keeps it."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
     """NaN-filled tensors for ghosts, and graphs logged around each pass. Default: ``SLIMFIT_FX_DEBUG``."""
     strict: bool = False
@@ -85,7 +98,10 @@ class Config:
             raise error("\n".join(problems))
 
     def _normalise(self) -> None:
-        """Copy what is mutable and make tuples of lists, where the type allows."""
+        """Copy what is mutable, make tuples of lists where the type allows, and take what the preset says."""
+        if self.distance_sample is _OF_THE_PRESET:
+            known = DISTANCE_SAMPLES if isinstance(self.preset, str) else {}
+            object.__setattr__(self, "distance_sample", known.get(self.preset, DISTANCE_SAMPLE))
         if isinstance(self.codecs, Mapping):
             object.__setattr__(self, "codecs", dict(self.codecs))
         for name in ("units", "disabled_passes"):
@@ -280,6 +296,16 @@ def _check_integers(config: Config) -> Iterable[str]:
             yield f"{name} must be >= 0, got {value!r}"
 
 
+def _check_distance_sample(config: Config) -> Iterable[str]:
+    most = config.distance_sample
+    if most is None:
+        return
+    if isinstance(most, bool) or not isinstance(most, int):
+        yield _WrongType(f"distance_sample must be None or an integer >= 1, got {most!r}")
+    elif most < 1:
+        yield f"distance_sample must be >= 1, got {most!r}: use None to measure distances on all elements"
+
+
 def _check_disabled_passes(config: Config) -> Iterable[str]:
     names = config.disabled_passes
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -337,6 +363,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_choices,
     _check_flags,
     _check_integers,
+    _check_distance_sample,
     _check_disabled_passes,
     _check_budget,
     _check_max_gradient_error,

@@ -1,4 +1,4 @@
-"""The presets, as data: for each, which codec stores which kind of saved value. Edit a line to change a preset.
+"""The presets, as data: mostly, which codec stores which kind of saved value. Edit a line to change a preset.
 
 A kind with no line falls back to the more general one (``FALLBACK``), and a value whose chain ends without a line is
 kept as it is. ``None`` on a line says so outright: keep this kind whatever the general line says.
@@ -43,6 +43,11 @@ PRESETS: dict[str, CodecTable] = {
     "max": {"mask": "bits", "float": "int4", "attention_probs": "int8"},
 }
 LOSSLESS_PRESETS = frozenset({"exact"})
+
+DISTANCE_SAMPLE = 1 << 16
+"""Elements of a tensor that its distance is measured on, under presets that say nothing of it."""
+DISTANCE_SAMPLES: dict[str, int | None] = {"paper": None}
+"""What presets say of it; None: all elements, as the authors' code has it."""
 
 
 def resolve(table: CodecTable) -> dict[str, str | None]:
