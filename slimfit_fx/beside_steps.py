@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
 from slimfit_fx.planning.update import UpdateMemory, step_memory
+from slimfit_fx.runtime.sampled import sampled_bytes
 from slimfit_fx.schedule import Scheduler
 from slimfit_fx.units import GateUnit
 
@@ -71,12 +72,13 @@ def _fixed_bytes(
     largest = heapq.nlargest(opened, units, key=lambda unit: unit.bytes)
     update = update_memory(model, config, units, scheduler, optimizers, [unit.name for unit in largest])
     trainable = sum(bytes_of(p) for p in model.parameters() if p.requires_grad)
+    by_name = dict(model.named_parameters(remove_duplicate=False))
     return fixed_bytes(
         model,
         [unit.bytes for unit in units],
         opened,
         optimizer_state=ADAMW_STATE_PER_BYTE * trainable if update is None else update.state_bytes,
-        copies=scheduler.needs_distances,
+        copies=[copied_bytes(by_name[unit.name], config, scheduler) for unit in units],
         temporaries=None if update is None else update.temporary_bytes,
     )
 
@@ -99,7 +101,14 @@ def update_memory(
     trainable = [p for p in model.parameters() if p.requires_grad]
     always = [p for p in trainable if id(p) not in in_units]
     compared = opened if scheduler.needs_distances else []
-    return step_memory(list(optimizers) or [AdamW(trainable)], [*always, *opened], compared, config.distance)
+    return step_memory(
+        list(optimizers) or [AdamW(trainable)], [*always, *opened], compared, config.distance, config.distance_sample
+    )
+
+
+def copied_bytes(param: nn.Parameter, config: Config, scheduler: Scheduler) -> int:
+    """Bytes of what is remembered of a parameter while an optimizer steps."""
+    return sampled_bytes(param, config.distance_sample) if scheduler.needs_distances else 0
 
 
 def bytes_of(param: nn.Parameter) -> int:

@@ -1,9 +1,4 @@
-"""All settings, in one frozen object that validates itself before anything is traced.
-
-``PRESETS`` is data: for each preset, which codec stores which kind of saved value. Edit a line to change a preset.
-A kind with no line falls back to the more general one (``FALLBACK``), and a value whose chain ends without a line is
-kept as it is. ``None`` on a line says so outright: keep this kind whatever the general line says.
-"""
+"""All settings, in one frozen object that validates itself before anything is traced."""
 
 from __future__ import annotations
 
@@ -17,49 +12,25 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slimfit_fx._suggest import unknown
+from slimfit_fx.presets import (
+    DISTANCE_SAMPLE,
+    DISTANCE_SAMPLES,
+    FALLBACK,
+    LOSSLESS_PRESETS,
+    PRESETS,
+    CodecTable,
+    find_changes,
+    resolve,
+)
 from slimfit_fx.schedule import DISTANCES, Scheduler, scheduler_names
 
 if TYPE_CHECKING:
     from slimfit_fx.codecs import Codec
     from slimfit_fx.units import UnitChoice
 
-CodecTable = Mapping[str, str | None]
-
-FALLBACK: dict[str, str | None] = {
-    "float": None,  # any saved floating-point value
-    "mask": None,  # a saved boolean value
-    "gelu_input": "float",
-    "attention_qkv": "float",
-    "attention_probs": "float",
-    "normalised": "float",  # the normalised input of a LayerNorm or RMSNorm
-    "normalised_closed": "normalised",  # the same, read only for the input gradient of a norm whose own gate is closed
-    "linear_input": "float",
-}
-"""Every kind that a codec can be chosen for, and the more general kind whose codec it takes if it has none."""
-
-PRESETS: dict[str, CodecTable] = {
-    # No value changes by one bit.
-    "exact": {"mask": "bits"},
-    # The SlimFit authors' formats (arXiv 2305.18513 and its code): fixed point with no scale per tensor. Their top-k
-    # pruning is for norms that are frozen; whatever else reads the normalised input (the norm's own weight gradient, a
-    # recomputed output) must have it whole, so it stands under "normalised_closed" only.
-    "paper": {
-        "mask": "bits",
-        "gelu_input": "fixed_gelu4",
-        "attention_qkv": "fixed_int8",
-        "attention_probs": "fixed_uint8",
-        "normalised_closed": "topk",
-        "linear_input": "fixed_int8",
-    },
-    # Eight bits with a scale per group.
-    "balanced": {"mask": "bits", "float": "int8"},
-    # Four bits; eight where they are read as weights (probabilities). What each line adds to the error of the gradient
-    # is in planning/sensitivity.json.
-    "max": {"mask": "bits", "float": "int4", "attention_probs": "int8"},
-}
-LOSSLESS_PRESETS = frozenset({"exact"})
 EXECUTORS = ("inductor", "interpreter")
 RECOMPUTE = ("cheap", "products", "blocks")
+_OF_THE_PRESET: Any = "of the preset"
 
 
 @dataclass(frozen=True)
@@ -91,6 +62,9 @@ class Config:
     """Compile evaluation as well (plainly); otherwise it runs eagerly."""
     distance: str = "relative_mean"
     """How far a unit moved: ``"relative_mean"`` or ``"relative_norm"``."""
+    distance_sample: int | None = _OF_THE_PRESET
+    """Elements of each tensor, at most, that this is measured on, evenly spaced; None: all of them. Default: 65536, and
+    None if preset is ``"paper"``. It is settled when the object is made: ``replace(config, preset=...)`` keeps it."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
     """NaN-filled tensors for ghosts, and graphs logged around each pass. Default: ``SLIMFIT_FX_DEBUG``."""
     strict: bool = False
@@ -124,7 +98,10 @@ class Config:
             raise error("\n".join(problems))
 
     def _normalise(self) -> None:
-        """Copy what is mutable and make tuples of lists, where the type allows."""
+        """Copy what is mutable, make tuples of lists where the type allows, and take what the preset says."""
+        if self.distance_sample is _OF_THE_PRESET:
+            known = DISTANCE_SAMPLES if isinstance(self.preset, str) else {}
+            object.__setattr__(self, "distance_sample", known.get(self.preset, DISTANCE_SAMPLE))
         if isinstance(self.codecs, Mapping):
             object.__setattr__(self, "codecs", dict(self.codecs))
         for name in ("units", "disabled_passes"):
@@ -152,7 +129,7 @@ class Config:
     @property
     def label(self) -> str:
         """What names these settings among those that a budget tries."""
-        changed = _changes(resolve(PRESETS[self.preset]), self.codec_map)
+        changed = find_changes(resolve(PRESETS[self.preset]), self.codec_map)
         changes = [f"{kind} {codec or 'kept'}" for kind, codec in changed.items()]
         return ", ".join([f"preset {self.preset}", *changes, *self._recomputes()])
 
@@ -212,32 +189,6 @@ class Config:
 
 class _WrongType(str):
     """A problem message about a type rather than a value."""
-
-
-def resolve(table: CodecTable) -> dict[str, str | None]:
-    """The codec of every kind under ``table``: its own line, or that of a more general kind."""
-
-    def look_up(kind: str) -> str | None:
-        at = kind
-        while at not in table and (up := FALLBACK[at]) is not None:
-            at = up
-        return table.get(at)
-
-    return {kind: look_up(kind) for kind in FALLBACK}
-
-
-def _changes(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Kind -> its codec, for those that changed; a general kind alone if all that went by it changed with it."""
-    changed = {kind: codec for kind, codec in after.items() if codec != before[kind]}
-
-    def follows(kind: str) -> bool:
-        up = FALLBACK[kind]
-        if up is None or before[kind] != before[up]:
-            return False
-        same = [k for k, above in FALLBACK.items() if above == up and before[k] == before[up]]
-        return all(after[k] == after[up] for k in same)
-
-    return {kind: codec for kind, codec in changed.items() if not follows(kind)}
 
 
 @functools.lru_cache(maxsize=256)
@@ -345,6 +296,16 @@ def _check_integers(config: Config) -> Iterable[str]:
             yield f"{name} must be >= 0, got {value!r}"
 
 
+def _check_distance_sample(config: Config) -> Iterable[str]:
+    most = config.distance_sample
+    if most is None:
+        return
+    if isinstance(most, bool) or not isinstance(most, int):
+        yield _WrongType(f"distance_sample must be None or an integer >= 1, got {most!r}")
+    elif most < 1:
+        yield f"distance_sample must be >= 1, got {most!r}: use None to measure distances on all elements"
+
+
 def _check_disabled_passes(config: Config) -> Iterable[str]:
     names = config.disabled_passes
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -402,6 +363,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_choices,
     _check_flags,
     _check_integers,
+    _check_distance_sample,
     _check_disabled_passes,
     _check_budget,
     _check_max_gradient_error,

@@ -96,7 +96,7 @@ class Rehearsal:
         trace = self.plain_trace(args, kwargs)
         if trace is None:
             return "no graph that trains was captured"
-        everything = fixed_bytes(self.model, [], 0, optimizer_state=0, copies=False)
+        everything = fixed_bytes(self.model, [], 0, optimizer_state=0)
         return read_timeline(trace, (), update_bytes=everything.update)
 
     def plain_trace(self, args: Any, kwargs: Any) -> StepTrace | None:

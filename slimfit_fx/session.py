@@ -15,6 +15,7 @@ from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.beside_steps import (
     ADAMW_STATE_PER_BYTE,
     bytes_of,
+    copied_bytes,
     make_budget,
     make_fixed_bytes,
     open_count,
@@ -22,10 +23,11 @@ from slimfit_fx.beside_steps import (
 )
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
-from slimfit_fx.config import FALLBACK, Config
+from slimfit_fx.config import Config
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
+from slimfit_fx.presets import FALLBACK
 from slimfit_fx.runtime import peers
 from slimfit_fx.runtime.gated_reduce import GatedReduce, install
 from slimfit_fx.runtime.gates import GateTable
@@ -135,8 +137,9 @@ class Session:
     def predict_update(self, open_units: Iterable[str] | None = None) -> int:
         """Bytes that the optimizer's step takes with these units open (default: those open now), without running it.
 
-        Above parameters and optimizer state: the gradients, copies of the open weights if the scheduler wants to know
-        how far they move, and what the optimizer takes for itself (``foreach`` makes lists as large as all gradients).
+        Above parameters and optimizer state: the gradients, copies of open weights (of large ones a sample) if the
+        scheduler wants to know how far they move, and what the optimizer takes for itself (``foreach`` makes lists as
+        large as all gradients).
 
         Raises:
             RuntimeError: not known: the optimizer does what cannot be followed without values.
@@ -149,10 +152,11 @@ class Session:
         memory = update_memory(model, self.config, self._units, self.scheduler, optimizers, sorted(wanted))
         if memory is None:
             raise RuntimeError("the memory of the optimizer's step is not known: its step cannot run without values")
-        opened = sum(bytes_of(p) for name in wanted for p in self.gates.params_of(name))
-        closed = sum(bytes_of(p) for name in self.gates.names for p in self.gates.params_of(name)) - opened
-        gradients = sum(bytes_of(p) for p in model.parameters() if p.requires_grad) - closed
-        return gradients + (opened if self.scheduler.needs_distances else 0) + memory.temporary_bytes
+        opened = [p for name in wanted for p in self.gates.params_of(name)]
+        closed = [p for name in self.gates.names if name not in wanted for p in self.gates.params_of(name)]
+        gradients = sum(bytes_of(p) for p in model.parameters() if p.requires_grad) - sum(map(bytes_of, closed))
+        copies = sum(copied_bytes(p, self.config, self.scheduler) for p in opened)
+        return gradients + copies + memory.temporary_bytes
 
     def _named(self, open_units: Iterable[str] | None) -> frozenset[str]:
         wanted = self.gates.open if open_units is None else frozenset(open_units)

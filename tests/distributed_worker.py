@@ -18,6 +18,7 @@ from reference import optimized
 from small_models import Block, Tiny, optimizer_state, same_state, tokens
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +26,8 @@ import slimfit_fx
 from slimfit_fx.integrations import ScheduleState
 
 STEPS, BATCH, WIDTH = 50, 8, 64
+SAMPLE = 100
+"""Elements of a tensor that distances are measured on: most units have more."""
 EXACT = {"preset": "exact", "scheduler": "random", "freeze_rate": 0.6}
 
 
@@ -243,16 +246,26 @@ def fsdp_curve() -> dict[str, Any]:
 
 
 def fsdp_distances() -> dict[str, Any]:
-    """ILS under both wrappers, from equal weights: the distances are of whole units."""
-    found = {}
-    for wrap in (shard, DistributedDataParallel):
-        model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
-        net, optimizer = wrap(model), adamw(model)
-        for number in range(4):
-            one_step(net, optimizer, number)
-        session.before_forward()
-        found[wrap.__name__] = {"distances": session.scheduler.distances, "history": history(session)}
-    return found
+    """ILS under both wrappers, from equal weights: the distances are of whole units, or of one sample of them."""
+    return {
+        (wrap.__name__, most): distances_under(wrap, most)
+        for wrap in (shard, DistributedDataParallel)
+        for most in (None, SAMPLE)
+    } | {"shard_columns": distances_under(shard_columns, SAMPLE)}
+
+
+def distances_under(wrap: Callable[[nn.Module], Any], most: int | None) -> dict[str, Any]:
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6, distance_sample=most)
+    net, optimizer = wrap(model), adamw(model)
+    for number in range(4):
+        one_step(net, optimizer, number)
+    session.before_forward()
+    return {"distances": session.scheduler.distances, "history": history(session)}
+
+
+def shard_columns(model: nn.Module) -> nn.Module:
+    """No shard of a matrix is a run of its elements."""
+    return fully_shard(model, shard_placement_fn=lambda param: Shard(param.dim() - 1))
 
 
 def fsdp_traffic() -> dict[str, Any]:

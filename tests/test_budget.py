@@ -165,12 +165,15 @@ def test_what_is_said_when_nothing_fits():
 
 def test_what_is_there_before_a_step():
     model = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10))
-    found = fixed_bytes(model, [400], 1, optimizer_state=7, copies=True)
+    found = fixed_bytes(model, [400], 1, optimizer_state=7, copies=[100])
     assert (found.parameters, found.optimizer_state) == (520, 7)
     assert found.buffers == 10 * 4 * 2 + 8
-    assert found.update == 520 + 400 + 3 * 520, "gradients, copies of open weights, a rough bound for the optimizer"
-    known = fixed_bytes(model, [400], 1, optimizer_state=7, copies=False, temporaries=11)
+    assert found.update == 520 + 100 + 3 * 520, "gradients, copies of open weights, a rough bound for the optimizer"
+    known = fixed_bytes(model, [400], 1, optimizer_state=7, temporaries=11)
     assert known.update == 520 + 11
+    worst = fixed_bytes(model, [200, 190], 1, optimizer_state=7, copies=[5, 100], temporaries=0)
+    assert worst.update == 520 - 200 + 100, "the unit that takes most with its copy"
+    assert worst.gradients == 520 - 190
 
 
 @pytest.mark.inductor

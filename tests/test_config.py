@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from slimfit_fx.config import FALLBACK, PRESETS, Config, resolve
+from slimfit_fx.config import Config
+from slimfit_fx.presets import FALLBACK, PRESETS, resolve
 from slimfit_fx.schedule import OpenScheduler, RandomScheduler, UnitInfo
 
 codecs = pytest.importorskip("slimfit_fx.codecs")
@@ -97,6 +98,14 @@ def test_frozen_hashable_replaceable_and_pickleable():
     assert dataclasses.replace(config) == config == pickle.loads(pickle.dumps(config))
 
 
+def test_distances_are_sampled_unless_the_preset_is_the_papers():
+    assert Config().distance_sample == Config(preset="max").distance_sample == 65536
+    assert Config(preset="paper").distance_sample is None
+    assert Config(preset="paper", distance_sample=7).distance_sample == Config(distance_sample=7).distance_sample == 7
+    assert Config(distance_sample=None).distance_sample is None
+    assert dataclasses.replace(Config(preset="paper"), preset="exact").distance_sample is None, "a budget's candidate"
+
+
 def test_codecs_are_copied():
     mine = {"float": "int4"}
     config = Config(codecs=mine)
@@ -123,6 +132,7 @@ def test_fingerprint_follows_what_changes_a_graph():
     base = Config()
     same = [{"seed": 3}, {"scheduler": "random"}, {"executor": "interpreter"}, {"codecs": {"float": "int8"}}]
     same += [{"freeze_rate": 0.9 + 1e-9}, {"strict": True}, {"distance": "relative_norm"}, {"units": "a"}]
+    same += [{"distance_sample": 7}]
     same += [{"max_gradient_error": 5.0}]
     other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
     other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}, {"max_gradient_error": 0.001}]
@@ -178,6 +188,9 @@ def test_fingerprint_is_the_same_in_another_process():
         ({"seed": 0.5}, TypeError, "seed must be an integer >= 0, got 0.5"),
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
         ({"min_bytes": True}, TypeError, "min_bytes must be an integer >= 0, got True"),
+        ({"distance_sample": 0}, ValueError, "distance_sample must be >= 1, got 0: use None to measure dist"),
+        ({"distance_sample": 0.1}, TypeError, "distance_sample must be None or an integer >= 1, got 0.1"),
+        ({"distance_sample": True}, TypeError, "distance_sample must be None or an integer >= 1, got True"),
         ({"dynamic": "auto"}, TypeError, "dynamic must be None, True or False, got 'auto'"),
         ({"compile_eval": 1}, TypeError, "compile_eval must be True or False, got 1"),
         ({"debug": None}, TypeError, "debug must be True or False, got None"),

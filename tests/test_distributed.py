@@ -13,6 +13,8 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+SAMPLE = 100  # as in the worker
+
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 ON_TWO = (
     *("ddp_curve", "ddp_ils", "ddp_traffic", "ddp_gradients", "ddp_then_optimize", "ddp_own_hook", "ddp_disagree"),
@@ -92,13 +94,22 @@ def test_ranks_that_measure_otherwise_decide_alike(two):
     assert all(torch.equal(first["weights"][n], second["weights"][n]) for n in first["weights"])
 
 
-def test_distances_under_fsdp_are_of_whole_units(two):
+@pytest.mark.parametrize("most", [None, SAMPLE])
+def test_distances_under_fsdp_are_of_whole_units(two, most):
     found = two[0]["fsdp_distances"]
-    ddp = found["DistributedDataParallel"]
-    assert found["shard"]["history"] == ddp["history"]
-    for name, distance in found["shard"]["distances"].items():
+    fsdp, ddp = found["shard", most], found["DistributedDataParallel", most]
+    assert fsdp["history"] == ddp["history"]
+    for name, distance in fsdp["distances"].items():
         assert distance == pytest.approx(ddp["distances"][name], rel=1e-5), name
     assert any(distance < 2**20 for distance in ddp["distances"].values())
+    assert (most is None) or found["shard", None]["distances"] != fsdp["distances"]
+
+
+def test_shards_that_are_no_run_of_elements_are_measured_whole(two):
+    found, whole = two[0]["fsdp_distances"]["shard_columns"], two[0]["fsdp_distances"]["DistributedDataParallel", None]
+    assert found == two[1]["fsdp_distances"]["shard_columns"] and found["history"] == whole["history"]
+    for name, distance in found["distances"].items():
+        assert distance == pytest.approx(whole["distances"][name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

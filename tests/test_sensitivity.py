@@ -14,7 +14,7 @@ from small_models import Tiny, tokens
 
 import slimfit_fx
 from bench import report, sensitivity
-from slimfit_fx.config import FALLBACK, PRESETS, Config, resolve
+from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import candidates
 from slimfit_fx.planning.sensitivity import (
     Measured,
@@ -26,6 +26,7 @@ from slimfit_fx.planning.sensitivity import (
     make_milder,
     maps_between,
 )
+from slimfit_fx.presets import FALLBACK, PRESETS, resolve
 
 TOLD_APART = [kind for kind in FALLBACK if kind not in ("mask", "normalised_closed")]
 TABLE = Table(

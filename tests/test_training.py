@@ -89,10 +89,11 @@ def test_it_learns():
     assert sum(losses[-10:]) < 0.25 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("scheduler", ["ils", "random", "round_robin"])
-def test_a_resumed_run_equals_the_run_without_a_stop(scheduler):
+@pytest.mark.parametrize(("scheduler", "most"), [("ils", None), ("ils", 64), ("random", None), ("round_robin", None)])
+def test_a_resumed_run_equals_the_run_without_a_stop(scheduler, most):
     def fresh():
-        model, session = optimized(Tiny(), scheduler=scheduler, freeze_rate=0.6, preset="balanced")
+        settings = {"scheduler": scheduler, "distance_sample": most, "freeze_rate": 0.6}
+        model, session = optimized(Tiny(), preset="balanced", **settings)
         return model, session, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     model, session, optimizer = fresh()
@@ -807,10 +808,11 @@ def test_global_configuration_is_left_as_it_was(executor):
         slimfit_fx.restore(model)
 
 
-def test_scheduling_draws_no_random_numbers():
+@pytest.mark.parametrize("scheduler", ["random", "ils"])
+def test_scheduling_draws_no_random_numbers(scheduler):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model, session = optimized(Tiny(dropout=0.0), scheduler="random")
+    model, session = optimized(Tiny(dropout=0.0), scheduler=scheduler, distance_sample=64)
     torch.manual_seed(5)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
     assert torch.equal(before, torch.get_rng_state())

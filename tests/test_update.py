@@ -101,9 +101,10 @@ def test_bytes_are_counted_while_somebody_holds_them():
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
     ],
 )
-def test_a_whole_update_stays_below_the_prediction(make):
+@pytest.mark.parametrize("most", [1 << 16, 3000])
+def test_a_whole_update_stays_below_the_prediction(make, most):
     """Gradients, copies of the open weights, the optimizer, the distances: bound and worst by 6% at most."""
-    model, session = optimized(Encoder(), freeze_rate=0.5, seed=0)
+    model, session = optimized(Encoder(), freeze_rate=0.5, seed=0, distance_sample=most)
     optimizer = make(model.parameters())
     batch = encoder_batch()
     for _ in range(3):

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slimfit_fx.config import FALLBACK, LOSSLESS_PRESETS, RECOMPUTE, Config
+from slimfit_fx.config import RECOMPUTE, Config
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.sensitivity import held_bytes, loses_less, maps_between
 from slimfit_fx.planning.workspaces import library_bytes
+from slimfit_fx.presets import FALLBACK, LOSSLESS_PRESETS
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
@@ -49,7 +50,7 @@ class FixedBytes:
     buffers: int
     optimizer_state: int
     update: int
-    """Gradients, copies of open weights for the distances and the optimizer's temporaries, while it steps."""
+    """Gradients, copies of what is compared of open weights and the optimizer's temporaries, while it steps."""
     gradients: int = 0
     """Of the largest units that may be open, and of all that always trains."""
     libraries: int = 0
@@ -113,25 +114,26 @@ def fixed_bytes(
     open_count: int,
     *,
     optimizer_state: int,
-    copies: bool,
+    copies: Sequence[int] = (),
     temporaries: int | None = None,
 ) -> FixedBytes:
     """What a model holds beside its steps.
 
-    ``unit_bytes``: gradients of each unit; ``copies``: open weights are remembered while the optimizer steps;
+    ``unit_bytes``: gradients of each unit; ``copies``: what is remembered of each while the optimizer steps, if it is;
     ``temporaries``: what the optimizer takes for itself (update.py); a rough bound if it is not known.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p in parameters]
-    opened = sum(heapq.nlargest(open_count, unit_bytes))
-    trained = opened + sum(sizes) - sum(unit_bytes)
+    with_copies = [sum(both) for both in zip(unit_bytes, copies or [0] * len(unit_bytes), strict=True)]
+    always = sum(sizes) - sum(unit_bytes)
+    trained = always + sum(heapq.nlargest(open_count, unit_bytes))
     if temporaries is None:
         temporaries = 3 * trained
     return FixedBytes(
         parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
         optimizer_state=optimizer_state,
-        update=trained + (opened if copies else 0) + temporaries,
+        update=always + sum(heapq.nlargest(open_count, with_copies)) + temporaries,
         gradients=trained,
         libraries=max((library_bytes(device) for device in {p.device for p in parameters}), default=0),
     )

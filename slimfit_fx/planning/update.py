@@ -15,7 +15,6 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from slimfit_fx.schedule.distance import update_distance
+from slimfit_fx.schedule import sample_stride, take_sample, update_distance
 
 _SCALARS = 64
 """Bytes: numbers that torch wraps into tensors for the length of a call."""
@@ -62,21 +61,29 @@ def step_memory(
     wanted: Sequence[Tensor],
     compared: Sequence[Tensor] = (),
     metric: Any = "relative_mean",
+    most: int | None = None,
 ) -> UpdateMemory | None:
     """The memory of a step of several optimizers, one after the other, and of measuring how far ``compared`` moved.
 
     ``wanted`` have gradients. ``compared`` are copied before (their copies are not counted here) and measured by
-    ``metric`` behind the step. None if an optimizer's memory cannot be told.
+    ``metric`` behind the step, on at most ``most`` elements each. None if an optimizer's memory cannot be told.
     """
     ids = frozenset(map(id, wanted))
     found = [update_memory(optimizer, ids) for optimizer in optimizers]
     known = [memory for memory in found if memory is not None]
     if len(known) < len(found):
         return None
-    metas = {(p.shape, p.dtype): _without_values(p).detach() for p in compared}
-    measuring = [count_bytes(partial(update_distance, p, p, metric=metric)) for p in metas.values()]
+    kinds = {(p.shape, p.stride(), p.dtype, p.device): p for p in compared}
+    measuring = [_measuring_bytes(_without_values(p).detach(), metric, most, p.device) for p in kinds.values()]
     temporary = max([*(m.temporary_bytes for m in known), *measuring], default=0)
     return UpdateMemory(sum(m.state_bytes for m in known), temporary)
+
+
+def _measuring_bytes(param: Tensor, metric: Any, most: int | None, device: torch.device) -> int:
+    """The most bytes that measuring how far ``param`` moved takes, beside the copy of what was there before."""
+    stride = sample_stride(param.numel(), most)
+    before = take_sample(param, stride).clone()
+    return count_bytes(lambda: update_distance(before, take_sample(param, stride), metric=metric, device=device))
 
 
 def count_bytes(function: Callable[[], Any]) -> int:

@@ -80,7 +80,7 @@ def active_wrapper(model: nn.Module) -> DistributedDataParallel | None:
 def sum_over_shards(parts: Tensor, param: Any) -> Tensor:
     """Add up what each rank measured on its shard of ``param``; ``parts`` is changed in place."""
     for dim, placement in enumerate(param.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():  # shards of any kind
             dist.all_reduce(parts, group=param.device_mesh.get_group(dim))
     return parts
 

@@ -1,8 +1,8 @@
 """Gates and scheduler through time: what happens around each optimizer step.
 
-One optimizer step: the pre-hook drops what gradients closed units may have and remembers the weights of the open ones;
-the post-hook measures how far they moved. The next training forward asks the scheduler and flips the gates: never
-between two forwards of one accumulated step.
+One optimizer step: the pre-hook drops what gradients closed units may have and remembers weights of the open ones (of
+large tensors a sample); the post-hook measures how far they moved. The next training forward asks the scheduler and
+flips the gates: never between two forwards of one accumulated step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
+from slimfit_fx.runtime.sampled import sampled_part
 from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts, make_scheduler
 from slimfit_fx.units import GateUnit
 
@@ -146,7 +147,10 @@ class StepTracker:
         wanted = set(names) - self._before.keys()
         for name in self.gates.names:  # in model order: ranks exchange distances by position
             if name in wanted:
-                self._before[name] = tuple(_local(p).clone() for p in self.gates.params_of(name))
+                self._before[name] = tuple(self._sampled(p).clone() for p in self.gates.params_of(name))
+
+    def _sampled(self, param: nn.Parameter) -> Tensor:
+        return sampled_part(param, self.config.distance_sample)
 
     def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
         distances = [self._distance(b, p) for b, p in zip(before, self.gates.params_of(name), strict=True)]
@@ -154,7 +158,7 @@ class StepTracker:
 
     def _distance(self, before: Tensor, param: nn.Parameter) -> Tensor:
         metric: Any = self.config.distance
-        parts = distance_parts(before, _local(param), metric=metric)
+        parts = distance_parts(before, self._sampled(param), metric=metric)
         return combine_parts(sum_over_shards(parts, param) if is_sharded(param) else parts, metric=metric)
 
     # -- called by the user --------------------------------------------------------------------------------------------
@@ -229,9 +233,3 @@ class StepTracker:
         self._before = {}
         self.forwarded = False
         self.gates.set_open(state["open"], self.steps)
-
-
-def _local(param: Any) -> Tensor:
-    """The part of a parameter that is on this rank: all of it, unless it is sharded."""
-    tensor: Tensor = param.detach()
-    return tensor.to_local() if is_sharded(param) else tensor  # type: ignore[attr-defined]

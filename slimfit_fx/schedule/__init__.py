@@ -5,6 +5,7 @@ from slimfit_fx.schedule.distance import DISTANCES, DistanceMetric, combine_part
 from slimfit_fx.schedule.ils import InterLayerScheduler
 from slimfit_fx.schedule.none import OpenScheduler
 from slimfit_fx.schedule.round_robin import RoundRobinScheduler
+from slimfit_fx.schedule.sample import sample_numel, sample_stride, take_sample
 from slimfit_fx.schedule.uniform import RandomScheduler
 
 register_scheduler("ils", InterLayerScheduler)
@@ -25,6 +26,9 @@ __all__ = [
     "distance_parts",
     "make_scheduler",
     "register_scheduler",
+    "sample_numel",
+    "sample_stride",
     "scheduler_names",
+    "take_sample",
     "update_distance",
 ]

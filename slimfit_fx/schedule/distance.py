@@ -29,20 +29,25 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def update_distance(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+def update_distance(
+    before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean", device: torch.device | None = None
+) -> Tensor:
     """Return how far ``after`` is from ``before``: a 0-dim float32 tensor on their device, with no host sync.
 
     Work is done in float32 (float64 for float64 tensors), a chunk of elements at a time, so that the temporaries of
-    a large embedding stay small. An empty tensor has distance 0.
+    a large embedding stay small. An empty tensor has distance 0. ``device``: that of the real tensors, if these stand
+    for them on the meta device; the chunks are those.
 
     Raises:
         ValueError: unknown metric, or shapes that differ.
     """
-    return combine_parts(distance_parts(before, after, metric=metric), metric=metric)
+    return combine_parts(distance_parts(before, after, metric=metric, device=device), metric=metric)
 
 
 @torch.no_grad()
-def distance_parts(before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
+def distance_parts(
+    before: Tensor, after: Tensor, *, metric: DistanceMetric = "relative_mean", device: torch.device | None = None
+) -> Tensor:
     """Return the three sums that the distance is made of: those of the shards of a tensor add up to its own.
 
     A tensor of shape (3,), float32 or float64; see ``update_distance``.
@@ -52,7 +57,7 @@ def distance_parts(before: Tensor, after: Tensor, *, metric: DistanceMetric = "r
     if before.shape != after.shape:
         raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     measure = _mean_parts if metric == "relative_mean" else _norm_parts
-    return torch.stack([measure(b, a) for b, a in _chunks(before, after)]).sum(0)
+    return torch.stack([measure(b, a) for b, a in _chunks(before, after, device or before.device)]).sum(0)
 
 
 @torch.no_grad()
@@ -66,10 +71,10 @@ def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") ->
     return (distance + 0.0 * moved).to(torch.float32)  # NaN and infinity in either tensor give NaN
 
 
-def _chunks(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(before: Tensor, after: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield matching slices along the first dimension, about ``chunk`` elements each, in working precision."""
     dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
-    chunk = _CPU_CHUNK_NUMEL if before.device.type == "cpu" else _CHUNK_NUMEL
+    chunk = _CPU_CHUNK_NUMEL if device.type == "cpu" else _CHUNK_NUMEL
     if before.dim() == 0 or before.numel() <= chunk:
         yield before.to(dtype), after.to(dtype)
         return

@@ -1,0 +1,76 @@
+"""The presets, as data: mostly, which codec stores which kind of saved value. Edit a line to change a preset.
+
+A kind with no line falls back to the more general one (``FALLBACK``), and a value whose chain ends without a line is
+kept as it is. ``None`` on a line says so outright: keep this kind whatever the general line says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+CodecTable = Mapping[str, str | None]
+
+FALLBACK: dict[str, str | None] = {
+    "float": None,  # any saved floating-point value
+    "mask": None,  # a saved boolean value
+    "gelu_input": "float",
+    "attention_qkv": "float",
+    "attention_probs": "float",
+    "normalised": "float",  # the normalised input of a LayerNorm or RMSNorm
+    "normalised_closed": "normalised",  # the same, read only for the input gradient of a norm whose own gate is closed
+    "linear_input": "float",
+}
+"""Every kind that a codec can be chosen for, and the more general kind whose codec it takes if it has none."""
+
+PRESETS: dict[str, CodecTable] = {
+    # No value changes by one bit.
+    "exact": {"mask": "bits"},
+    # The SlimFit authors' formats (arXiv 2305.18513 and its code): fixed point with no scale per tensor. Their top-k
+    # pruning is for norms that are frozen; whatever else reads the normalised input (the norm's own weight gradient, a
+    # recomputed output) must have it whole, so it stands under "normalised_closed" only.
+    "paper": {
+        "mask": "bits",
+        "gelu_input": "fixed_gelu4",
+        "attention_qkv": "fixed_int8",
+        "attention_probs": "fixed_uint8",
+        "normalised_closed": "topk",
+        "linear_input": "fixed_int8",
+    },
+    # Eight bits with a scale per group.
+    "balanced": {"mask": "bits", "float": "int8"},
+    # Four bits; eight where they are read as weights (probabilities). What each line adds to the error of the gradient
+    # is in planning/sensitivity.json.
+    "max": {"mask": "bits", "float": "int4", "attention_probs": "int8"},
+}
+LOSSLESS_PRESETS = frozenset({"exact"})
+
+DISTANCE_SAMPLE = 1 << 16
+"""Elements of a tensor that its distance is measured on, under presets that say nothing of it."""
+DISTANCE_SAMPLES: dict[str, int | None] = {"paper": None}
+"""What presets say of it; None: all elements, as the authors' code has it."""
+
+
+def resolve(table: CodecTable) -> dict[str, str | None]:
+    """The codec of every kind under ``table``: its own line, or that of a more general kind."""
+
+    def look_up(kind: str) -> str | None:
+        at = kind
+        while at not in table and (up := FALLBACK[at]) is not None:
+            at = up
+        return table.get(at)
+
+    return {kind: look_up(kind) for kind in FALLBACK}
+
+
+def find_changes(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Kind -> its codec, for those that changed; a general kind alone if all that went by it changed with it."""
+    changed = {kind: codec for kind, codec in after.items() if codec != before[kind]}
+
+    def follows(kind: str) -> bool:
+        up = FALLBACK[kind]
+        if up is None or before[kind] != before[up]:
+            return False
+        same = [k for k, above in FALLBACK.items() if above == up and before[k] == before[up]]
+        return all(after[k] == after[up] for k in same)
+
+    return {kind: codec for kind, codec in changed.items() if not follows(kind)}

@@ -1,0 +1,212 @@
+"""The sample that distances are measured on: which elements it has, what it copies, and how near it comes to all."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import optimized
+from small_models import Tiny, tokens
+from torch import nn
+
+from bench.measure import recorded_step, replay
+from slimfit_fx.runtime import peers
+from slimfit_fx.schedule import (
+    combine_parts,
+    distance_parts,
+    sample_numel,
+    sample_stride,
+    take_sample,
+    update_distance,
+)
+
+SHAPES = st.lists(st.integers(1, 12), max_size=4)
+
+
+def numbered(*shape: int) -> torch.Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+
+
+def peak_of(function) -> int:
+    return replay(recorded_step(lambda: None, lambda _: function())).peak_bytes
+
+
+# ---- which elements
+
+
+@given(numel=st.integers(0, 10**6), most=st.integers(1, 10**5))
+def test_the_stride_is_the_smallest_that_shares_no_divisor(numel, most):
+    stride = sample_stride(numel, most)
+    if numel <= most:
+        assert stride == 1
+        return
+    least = math.ceil(numel / most)
+    assert stride >= least and math.gcd(stride, numel) == 1
+    assert all(math.gcd(smaller, numel) > 1 for smaller in range(least, stride))
+    assert sample_numel(numel, most) == len(range(0, numel, stride)) <= most
+
+
+def test_no_limit_is_all():
+    x = numbered(30, 40)
+    assert sample_stride(1200, None) == 1 and sample_numel(1200, None) == 1200
+    assert take_sample(x, 1) is x
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072), (30522, 768), (2, 768), (1024, 4096)])
+@pytest.mark.parametrize("most", [1 << 16, 1000])
+def test_rows_and_columns_are_met_equally_often(shape, most):
+    places = torch.arange(0, math.prod(shape), sample_stride(math.prod(shape), most))
+    for met in (torch.bincount(places % shape[1], minlength=shape[1]), torch.bincount(places // shape[1])):
+        assert met.max() - met.min() <= 1
+
+
+@given(shape=SHAPES, stride=st.integers(2, 9))
+@settings(deadline=None, max_examples=50)
+def test_a_contiguous_tensor_is_sampled_in_order(shape, stride):
+    x = numbered(*shape)
+    assert torch.equal(take_sample(x, stride), x.flatten()[::stride])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: numbered(300, 200),
+        lambda: numbered(300, 200).t(),
+        lambda: numbered(20, 30, 10, 10).to(memory_format=torch.channels_last),
+        lambda: numbered(400, 200)[100:],
+        lambda: numbered(1, 60000).expand(1, 60000).t(),
+    ],
+    ids=["contiguous", "transposed", "channels_last", "with an offset", "a dimension of 1"],
+)
+def test_a_tensor_without_gaps_is_read_in_memory_order_and_never_copied(make):
+    x = make()
+    found = take_sample(x, 7)
+    assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert torch.equal(found, torch.as_strided(x, (60000,), (1,))[::7])
+    assert peak_of(lambda: take_sample(x, 7).clone()) <= 4 * 8572 + 64
+
+
+@pytest.mark.parametrize("make", [lambda: numbered(30, 20)[:, ::2], lambda: numbered(30, 1).expand(30, 10)])
+def test_a_tensor_with_gaps_or_overlaps_is_flattened(make):
+    assert torch.equal(take_sample(make(), 7), make().flatten()[::7])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (4, 0), (1,), (1, 1)])
+def test_tensors_of_one_element_or_none(shape):
+    x = torch.ones(shape)
+    for stride in (sample_stride(x.numel(), 1), 5):
+        found = take_sample(x, stride)
+        assert found.numel() == x.numel()
+        assert update_distance(found.clone(), found).item() == 0.0
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 9), ranks=st.integers(1, 6), most=st.integers(1, 60))
+@settings(deadline=None, max_examples=100)
+def test_shards_have_the_sample_of_the_whole(rows, columns, ranks, most):
+    """Cut as FSDP2 does: by ``torch.chunk``, with fewer rows or none at the end."""
+    before = numbered(rows, columns) + 1
+    after = before + torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    stride = sample_stride(before.numel(), most)
+    chunk = -(-rows // ranks)
+    cuts = [(min(r * chunk, rows), min((r + 1) * chunk, rows)) for r in range(ranks)]
+    shards = [[take_sample(x[a:b], stride, offset=a * columns) for a, b in cuts] for x in (before, after)]
+    assert torch.equal(torch.cat([s.flatten() for s in shards[0]]), take_sample(before, stride).flatten())
+    for metric in ("relative_mean", "relative_norm"):
+        parts = [distance_parts(b, a, metric=metric) for b, a in zip(*shards, strict=True)]
+        whole = update_distance(take_sample(before, stride), take_sample(after, stride), metric=metric)
+        torch.testing.assert_close(combine_parts(torch.stack(parts).sum(0), metric=metric), whole)
+
+
+# ---- how near it comes
+
+
+def adamw_step(shape: tuple[int, ...], seed: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as they are initialised, and the same after a step of AdamW some steps into a run."""
+    generator = torch.Generator().manual_seed(seed)
+    param = nn.Parameter(0.02 * torch.randn(shape, generator=generator))
+    optimizer = torch.optim.AdamW([param], lr=lr, weight_decay=0.01)
+    for _ in range(3):
+        before = param.detach().clone()
+        param.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+    return before, param.detach()
+
+
+def sampled_distance(before, after, most=1 << 16, metric="relative_mean") -> float:
+    stride = sample_stride(before.numel(), most)
+    return update_distance(take_sample(before, stride), take_sample(after, stride), metric=metric).item()
+
+
+@pytest.mark.parametrize(("most", "tolerance"), [(1 << 16, 0.01), (1024, 0.1)])
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072)])
+def test_the_relative_norm_is_close(shape, most, tolerance):
+    for seed in range(5):
+        before, after = adamw_step(shape, seed, 5e-5)
+        whole = update_distance(before, after, metric="relative_norm").item()
+        assert sampled_distance(before, after, most, "relative_norm") == pytest.approx(whole, rel=tolerance)
+
+
+def test_the_relative_mean_ranks_what_clearly_differs_and_does_not_grow_with_the_tensor():
+    """The mean of |dw/w| has a heavy tail: one weight near 0 is as much as thousands. So factors, not percents."""
+    by_rate = [[adamw_step((768, 768), seed, rate) for seed in range(5)] for rate in (5e-6, 5e-5, 5e-4)]
+    found = [[sampled_distance(*move) for move in moves] for moves in by_rate]
+    assert all(2 * max(slow) < min(fast) for slow, fast in zip(found, found[1:], strict=False))
+    few = [statistics.median(sampled_distance(*move, 1024) for move in moves) for moves in by_rate]
+    assert all(5 * slow < fast for slow, fast in zip(few, few[1:], strict=False))
+    small, large = ([adamw_step(shape, seed, 5e-5) for seed in range(5)] for shape in ((256, 256), (2048, 1024)))
+    of_small, of_large = (statistics.median(sampled_distance(*move) for move in moves) for moves in (small, large))
+    assert of_large == pytest.approx(of_small, rel=0.3)
+
+
+# ---- in training
+
+
+def test_a_session_measures_the_sample():
+    torch.manual_seed(0)
+    model, session = optimized(Tiny(dropout=0.0), scheduler="ils", freeze_rate=0.0, distance_sample=50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    model(*tokens(0)).backward()
+    optimizer.step()
+    session.before_forward()
+    for name, distance in session.scheduler.distances.items():
+        assert distance == sampled_distance(before[name], model.get_parameter(name).detach(), 50), name
+    assert any(model.get_parameter(name).numel() > 50 for name in session.gates.names)
+
+
+@pytest.mark.parametrize("most", [None, 1000, 1 << 16])
+def test_what_is_remembered_is_what_is_predicted(most):
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300), nn.Conv2d(40, 30, 3), nn.Linear(10, 10))
+    model[2].to(memory_format=torch.channels_last)
+    model, session = optimized(model, freeze_rate=0.0, distance_sample=most)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    session.before_forward()
+    copied = peak_of(lambda: session._tracker.before_step(frozenset(map(id, model.parameters()))))
+    units = [model.get_parameter(name).numel() for name in session.gates.names]
+    assert copied == 4 * sum(sample_numel(numel, most) for numel in units)
+    predicted = session.predict_update()
+    session._tracker.begin_step()
+    found = sum(4 * p.numel() for p in model.parameters()) + peak_of(optimizer.step)
+    assert found <= predicted + 64 and predicted <= 1.06 * found
+
+
+def test_sums_go_over_every_way_in_which_a_parameter_is_sharded(monkeypatch):
+    """FSDP2 over tensor parallelism: rows are cut twice, once with a placement of its own class."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    summed: list[str] = []
+    monkeypatch.setattr(peers.dist, "all_reduce", lambda parts, group: summed.append(group))
+    mesh = SimpleNamespace(get_group=lambda dim: ("data", "tensor", "replicas")[dim])
+    placements = (_StridedShard(0, split_factor=2), Shard(0), Replicate())
+    peers.sum_over_shards(torch.ones(3), SimpleNamespace(placements=placements, device_mesh=mesh))
+    assert summed == ["data", "tensor"]
