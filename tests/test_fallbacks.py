@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,18 @@ def test_the_first_plan_of_a_process_equals_the_second():
     assert ran.returncode == 0, ran.stderr
     first, second = map(int, ran.stdout.split())
     assert first == second > 0
+
+
+@pytest.mark.inductor
+def test_what_computes_nothing_is_no_call_in_the_code():
+    import torch
+    from reference import optimized, step
+    from small_models import Tiny, tokens
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        model, session = optimized(Tiny(), preset="balanced", executor="inductor", freeze_rate=0.5)
+        step(model, model, tokens())
+    sources = [code.source for graph in session.backend.graphs for code in graph.codes]
+    called = set(re.findall(r"= torch\.ops\.slimfit_fx\.(\w+)", "".join(sources)))
+    assert sources and called <= {"stash"}
+    assert "reinterpret_tensor(torch.empty(0, " in "".join(sources), "closed units have ghosts for gradients"

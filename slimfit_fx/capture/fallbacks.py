@@ -3,11 +3,17 @@
 Inductor makes a fallback for an operator that it meets for the first time, but prepares the operand of that one call as
 if the operator had no constraints: neither realized nor in its traced strides. The first graph of a process would then
 differ from every later one, in its memory too. So all are registered before.
+
+A step calls hundreds of them, and each call of an operator that is written in Python takes some ten microseconds: as
+long as a kernel on a GPU. In the code that Inductor writes they are therefore no calls: ``buf5 = buf4`` for the views,
+and a ghost is a view of an empty tensor.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,3 +32,27 @@ def register_fallbacks() -> None:
         if op.default not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op.default, with_default=True))
             make_fallback(op.default, layout_constraint=constraint, warn=False)
+    _write_without_calls()
+
+
+def _write_without_calls() -> None:
+    """Tell Inductor how its Python code is to be written for operators that compute nothing."""
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+
+    written = {"hold": _write_operand, "release": _write_operand, "laid_out": _write_operand, "ghost": _write_ghost}
+    for name, write in written.items():
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.slimfit_fx.{name}.default"] = CustomCodegen(python=write)
+
+
+def _write_operand(node: Any, writeline: Callable[[str], None]) -> None:
+    writeline(f"{node.get_name()} = {node.codegen_args()[0]}")
+
+
+def _write_ghost(node: Any, writeline: Callable[[str], None]) -> None:
+    """As ``slimfit_fx.runtime.ghosts`` makes one."""
+    size, stride, dtype, device, debug = node.codegen_args()
+    if debug == "False":
+        value = f"reinterpret_tensor(torch.empty(0, dtype={dtype}, device={device}), {size}, {stride}, 0)"
+    else:
+        value = f"torch.ops.slimfit_fx.ghost.default({size}, {stride}, {dtype}, {device}, {debug})"
+    writeline(f"{node.get_name()} = {value}")

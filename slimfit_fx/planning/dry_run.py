@@ -9,6 +9,7 @@ compiled step is seen in its order, for any pattern of gates, before a byte is a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -237,12 +238,19 @@ def load_wrapper(source: str, run: DryRun) -> Wrapper:
     names["empty_strided"] = lambda size, stride, dtype=torch.float32, device="cpu", **_: run.empty(
         size, stride, dtype, device
     )
-    names["reinterpret_tensor"] = lambda x, size, stride, offset=0: x.like(size, stride)
+    names["reinterpret_tensor"] = functools.partial(_reinterpreted, run)
     for name in [n for n in names if _OPEN_BRANCH.search(n) and callable(names[n])]:
         names[name] = run.inside_branch(names[name])
     names["extern_kernels"] = _ExternKernels(names["extern_kernels"], run)
     call: Wrapper = names["call"]
     return call
+
+
+def _reinterpreted(run: DryRun, x: Any, size: Sequence[int], stride: Sequence[int], offset: int = 0) -> StandIn:
+    """A view; one of a real tensor, which is empty, is a ghost and counts for nothing."""
+    if isinstance(x, StandIn):
+        return x.like(size, stride)
+    return run.of(TensorSpec(tuple(size), tuple(stride), x.dtype, x.device), None)
 
 
 def _allocator(run: DryRun, device: str) -> Callable[..., StandIn]:
