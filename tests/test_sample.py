@@ -19,6 +19,7 @@ from slimfit_fx.runtime import peers
 from slimfit_fx.schedule import (
     combine_parts,
     distance_parts,
+    distance_parts_of_all,
     sample_numel,
     sample_stride,
     take_sample,
@@ -210,3 +211,18 @@ def test_sums_go_over_every_way_in_which_a_parameter_is_sharded(monkeypatch):
     placements = (_StridedShard(0, split_factor=2), Shard(0), Replicate())
     peers.sum_over_shards(torch.ones(3), SimpleNamespace(placements=placements, device_mesh=mesh))
     assert summed == ["data", "tensor"]
+
+
+@pytest.mark.parametrize("metric", ["relative_mean", "relative_norm"])
+@pytest.mark.parametrize("chunk", [40, 1 << 15])
+def test_many_tensors_measured_together_are_measured_alike(metric, chunk, monkeypatch):
+    monkeypatch.setattr("slimfit_fx.schedule.distance._CPU_CHUNK_NUMEL", chunk)
+    generator = torch.Generator().manual_seed(0)
+    shapes, dtypes = [(3, 7), (5,), (), (50, 2), (0, 4), (11,), (2, 9)], [torch.float32] * 5 + [torch.bfloat16] * 2
+    befores = [torch.randn(s, generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    befores[1][0] = 0.0
+    afters = [b + 0.01 * torch.randn(b.shape, generator=generator).to(b.dtype) for b in befores]
+    afters[0] = afters[0].t().contiguous().t()
+    together = distance_parts_of_all(befores, afters, metric=metric)
+    for found, before, after in zip(together, befores, afters, strict=True):
+        torch.testing.assert_close(found, distance_parts(before, after, metric=metric))

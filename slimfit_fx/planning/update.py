@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from slimfit_fx.schedule import sample_stride, take_sample, update_distance
+from slimfit_fx.schedule import distance_parts_of_all, sample_stride, take_sample
 
 _SCALARS = 64
 """Bytes: numbers that torch wraps into tensors for the length of a call."""
@@ -73,17 +73,17 @@ def step_memory(
     known = [memory for memory in found if memory is not None]
     if len(known) < len(found):
         return None
-    kinds = {(p.shape, p.stride(), p.dtype, p.device): p for p in compared}
-    measuring = [_measuring_bytes(_without_values(p).detach(), metric, most, p.device) for p in kinds.values()]
+    measuring = [_measuring_bytes(compared, metric, most)] if compared else []
     temporary = max([*(m.temporary_bytes for m in known), *measuring], default=0)
     return UpdateMemory(sum(m.state_bytes for m in known), temporary)
 
 
-def _measuring_bytes(param: Tensor, metric: Any, most: int | None, device: torch.device) -> int:
-    """The most bytes that measuring how far ``param`` moved takes, beside the copy of what was there before."""
-    stride = sample_stride(param.numel(), most)
-    before = take_sample(param, stride).clone()
-    return count_bytes(lambda: update_distance(before, take_sample(param, stride), metric=metric, device=device))
+def _measuring_bytes(params: Sequence[Tensor], metric: Any, most: int | None) -> int:
+    """The most bytes that measuring how far ``params`` moved takes, beside the copies of what was there before."""
+    empty = [_without_values(p).detach() for p in params]
+    afters = [take_sample(e, sample_stride(e.numel(), most)) for e in empty]
+    befores, device = [x.clone() for x in afters], params[0].device
+    return count_bytes(lambda: distance_parts_of_all(befores, afters, metric=metric, device=device))
 
 
 def count_bytes(function: Callable[[], Any]) -> int:

@@ -36,25 +36,24 @@ class DistanceQueue:
     def __init__(self) -> None:
         self._entries: list[_Pending] = []
 
-    def put(self, distances: Mapping[str, Tensor], agree: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Queue 0-dim float32 tensors, one per unit, without waiting for them.
+    def put(self, names: tuple[str, ...], values: Tensor, agree: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Queue the distances of units, float32 of shape (units,), without waiting for them.
 
-        ``agree`` makes the stacked distances those of all ranks of a distributed job.
+        ``agree`` makes them those of all ranks of a distributed job.
         """
-        if not distances:
+        if not names:
             return
-        first = next(iter(distances.values()))
-        stacked = torch.stack([d.to(first.device) for d in distances.values()])
+        stacked = values
         if agree is not None:
             stacked = agree(stacked)
         if stacked.device.type != "cuda":
-            self._entries.append(_Pending(tuple(distances), stacked.cpu()))
+            self._entries.append(_Pending(names, stacked.cpu()))
             return
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
         host.copy_(stacked, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._entries.append(_Pending(tuple(distances), host, event, late=True))
+        self._entries.append(_Pending(names, host, event, late=True))
 
     def take(self) -> dict[str, float]:
         """Distances that are ready by rule; a later entry of the same unit wins."""

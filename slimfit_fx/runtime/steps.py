@@ -22,7 +22,7 @@ from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
 from slimfit_fx.runtime.sampled import sampled_part
-from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts, make_scheduler
+from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts_of_all, make_scheduler
 from slimfit_fx.units import GateUnit
 
 
@@ -139,8 +139,7 @@ class StepTracker:
             self.steps += 1
         self._stepped = True
         if self._before:
-            agree = None if self.peers is None else self.peers.agree
-            self._queue.put({name: self._moved(name, before) for name, before in self._before.items()}, agree)
+            self._queue.put(*self._distances(), None if self.peers is None else self.peers.agree)
         self._before = {}
 
     def _remember(self, names: Iterable[str]) -> None:
@@ -152,14 +151,26 @@ class StepTracker:
     def _sampled(self, param: nn.Parameter) -> Tensor:
         return sampled_part(param, self.config.distance_sample)
 
-    def _moved(self, name: str, before: tuple[Tensor, ...]) -> Tensor:
-        distances = [self._distance(b, p) for b, p in zip(before, self.gates.params_of(name), strict=True)]
-        return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
-
-    def _distance(self, before: Tensor, param: nn.Parameter) -> Tensor:
+    def _distances(self) -> tuple[tuple[str, ...], Tensor]:
+        """The units that were remembered, and how far each has moved since: its parameters' mean; float32."""
         metric: Any = self.config.distance
-        parts = distance_parts(before, self._sampled(param), metric=metric)
-        return combine_parts(sum_over_shards(parts, param) if is_sharded(param) else parts, metric=metric)
+        known = [
+            pair
+            for name, before in self._before.items()
+            for pair in zip(before, self.gates.params_of(name), strict=True)
+        ]
+        befores, afters = [b for b, _ in known], [self._sampled(p) for _, p in known]
+        parts = [
+            sum_over_shards(part, p) if is_sharded(p) else part
+            for part, (_, p) in zip(distance_parts_of_all(befores, afters, metric=metric), known, strict=True)
+        ]
+        device = parts[0].device
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        distances = combine_parts(torch.stack([part.to(device, dtype) for part in parts]), metric=metric)
+        if len(known) == len(self._before):
+            return tuple(self._before), distances
+        sizes = [len(bs) for bs in self._before.values()]
+        return tuple(self._before), torch.stack([piece.mean() for piece in distances.split(sizes)])
 
     # -- called by the user --------------------------------------------------------------------------------------------
     def step(self) -> None:

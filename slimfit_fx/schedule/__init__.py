@@ -1,7 +1,14 @@
 """Schedulers: which units train in the next step."""
 
 from slimfit_fx.schedule.base import Scheduler, UnitInfo, make_scheduler, register_scheduler, scheduler_names
-from slimfit_fx.schedule.distance import DISTANCES, DistanceMetric, combine_parts, distance_parts, update_distance
+from slimfit_fx.schedule.distance import (
+    DISTANCES,
+    DistanceMetric,
+    combine_parts,
+    distance_parts,
+    distance_parts_of_all,
+    update_distance,
+)
 from slimfit_fx.schedule.ils import InterLayerScheduler
 from slimfit_fx.schedule.none import OpenScheduler
 from slimfit_fx.schedule.round_robin import RoundRobinScheduler
@@ -24,6 +31,7 @@ __all__ = [
     "UnitInfo",
     "combine_parts",
     "distance_parts",
+    "distance_parts_of_all",
     "make_scheduler",
     "register_scheduler",
     "sample_numel",

@@ -11,7 +11,7 @@ distance infinity if it moved and 0 if it did not. NaN or infinity in either ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -56,14 +56,55 @@ def distance_parts(
         raise ValueError(unknown("metric", metric, DISTANCES))
     if before.shape != after.shape:
         raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
-    measure = _mean_parts if metric == "relative_mean" else _norm_parts
-    return torch.stack([measure(b, a) for b, a in _chunks(before, after, device or before.device)]).sum(0)
+    chunks = _chunks(before, after, device or before.device)
+    return torch.stack([torch.stack([t.sum() for t in _TERMS[metric](b, a)]) for b, a in chunks]).sum(0)
+
+
+@torch.no_grad()
+def distance_parts_of_all(
+    befores: Sequence[Tensor],
+    afters: Sequence[Tensor],
+    *,
+    metric: DistanceMetric = "relative_mean",
+    device: torch.device | None = None,
+) -> list[Tensor]:
+    """Return ``distance_parts`` of each pair; small tensors are laid end to end and measured in one go.
+
+    A step compares dozens of them, each with some twenty operators: started one by one they would keep a GPU waiting.
+    """
+    found: list[Tensor] = []
+    for batch in _batches(befores, device):
+        pairs = [(befores[i], afters[i]) for i in batch]
+        if len(pairs) == 1:
+            found.append(distance_parts(*pairs[0], metric=metric, device=device))
+            continue
+        dtype = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
+        before, after = (torch.cat([pair[k].reshape(-1) for pair in pairs]).to(dtype) for k in (0, 1))
+        terms = torch.stack(_TERMS[metric](before, after))
+        found += [piece.sum(1) for piece in terms.split([b.numel() for b, _ in pairs], dim=1)]
+    return found
+
+
+def _batches(tensors: Sequence[Tensor], device: torch.device | None) -> Iterator[list[int]]:
+    """Yield runs of indices whose tensors are of one kind and together no larger than a chunk."""
+    batch: list[int] = []
+    total = 0
+    for index, tensor in enumerate(tensors):
+        room = _chunk_numel(device or tensor.device)
+        alike = not batch or (tensors[batch[0]].dtype, tensors[batch[0]].device) == (tensor.dtype, tensor.device)
+        if batch and (not alike or total + tensor.numel() > room):
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += tensor.numel()
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
 def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") -> Tensor:
-    """Return the distance (0-dim, float32) that these sums of ``distance_parts`` amount to."""
-    total, base, moved = parts.unbind()
+    """Return the distance (float32) that these sums of ``distance_parts`` amount to; of shape (..., 3), one each."""
+    total, base, moved = parts.unbind(-1)
     if metric == "relative_norm":
         total, base = total.sqrt(), base.sqrt()
     unmeasured = torch.where(moved > 0, torch.inf, 0.0)
@@ -71,10 +112,14 @@ def combine_parts(parts: Tensor, *, metric: DistanceMetric = "relative_mean") ->
     return (distance + 0.0 * moved).to(torch.float32)  # NaN and infinity in either tensor give NaN
 
 
+def _chunk_numel(device: torch.device) -> int:
+    return _CPU_CHUNK_NUMEL if device.type == "cpu" else _CHUNK_NUMEL
+
+
 def _chunks(before: Tensor, after: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield matching slices along the first dimension, about ``chunk`` elements each, in working precision."""
     dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
-    chunk = _CPU_CHUNK_NUMEL if device.type == "cpu" else _CHUNK_NUMEL
+    chunk = _chunk_numel(device)
     if before.dim() == 0 or before.numel() <= chunk:
         yield before.to(dtype), after.to(dtype)
         return
@@ -83,16 +128,18 @@ def _chunks(before: Tensor, after: Tensor, device: torch.device) -> Iterator[tup
         yield b.to(dtype), a.to(dtype)
 
 
-def _mean_parts(before: Tensor, after: Tensor) -> Tensor:
-    """Return (sum of the ratios, how many elements have one, sum of the movements)."""
+def _mean_terms(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each element its ratio, 1 if it has one, and how far it moved."""
     moved, size = (after - before).abs_(), before.abs()
     usable = size >= _TINY
-    ratios = (moved / size).masked_fill_(~usable, 0.0)
-    counted = torch.count_nonzero(usable).to(before.dtype)  # a sum of booleans would first make numbers of them
-    return torch.stack((ratios.sum(), counted, moved.sum()))
+    return (moved / size).masked_fill_(~usable, 0.0), usable.to(before.dtype), moved
 
 
-def _norm_parts(before: Tensor, after: Tensor) -> Tensor:
-    """Return (squared norm of the movement, squared norm of ``before``, sum of the movements)."""
+def _norm_terms(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each element the square of the movement, its own square, and how far it moved."""
     moved = after - before
-    return torch.stack((moved.square().sum(), before.square().sum(), moved.abs_().sum()))
+    return moved.square(), before.square(), moved.abs_()
+
+
+_TERMS = {"relative_mean": _mean_terms, "relative_norm": _norm_terms}
+"""What is added up over the elements of a tensor."""
