@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import front, report
+from bench import front, report, trainer
 from bench.cells import HOW, Cell
 from bench.headline import CAPS_GB, RIVALS, TASKS
 from bench.paper_table import (
@@ -128,6 +128,7 @@ def page(folder: Path) -> str:
         _twelve_section(folder),
         _errors_section(folder),
         _headline_section(folder),
+        _trainer_section(folder),
         _front_section(folder),
         _compile_section(folder),
     ]
@@ -204,6 +205,19 @@ def _headline_section(folder: Path) -> str:
         heads = [dtype, *(f"{cap} GB" for cap in CAPS_GB)]
         parts.append(str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)))
     return "\n\n".join([*parts, *machines(rows.values())])
+
+
+def _trainer_section(folder: Path) -> str:
+    rows = rows_of(folder, "gpu-trainer-cuda")
+    if not rows:
+        return ""
+    runs = {key.removeprefix("trainer, "): row for key, row in rows.items()}
+    said = (
+        f"BERT-base, batch 32, length 128, bf16, {trainer.STEPS} steps; growth: of the peaks over the last "
+        f"{trainer.FLAT} steps."
+    )
+    parts = ["## Under the Hugging Face Trainer", said, trainer.as_table(runs, "github"), *machines(rows.values())]
+    return "\n\n".join(parts)
 
 
 def _outcome(row: Mapping[str, Any] | None) -> str:

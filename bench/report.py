@@ -202,17 +202,19 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the hash of the tree's commit, with "+" behind it if files differ from it.
+    """Return the hash of the tree's commit, with "+" behind it if files differ from it; None outside of git.
 
-    Outside of git, as in a copy of the tree on another machine: what ``BENCH_COMMIT`` says, or None.
+    ``BENCH_COMMIT`` goes first: a copy of the tree on another machine may have another history, or none.
     """
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
     try:
         head = _git("rev-parse", "HEAD")
         return head + (
             "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT")
+        return None
 
 
 def _git(*arguments: str) -> str:

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any("error" in run for run in runs.values()))
 
 
-def as_table(runs: dict[str, dict[str, Any]]) -> str:
+def as_table(runs: Mapping[str, Mapping[str, Any]], tablefmt: str = "simple") -> str:
     """Return one line per rival."""
     lines = []
     for name, run in runs.items():
@@ -159,7 +159,7 @@ def as_table(runs: dict[str, dict[str, Any]]) -> str:
         lines.append([name, run["samples_per_s"], max(peaks) / 1e6, statistics.median(peaks) / 1e6,
                       run["growth_bytes"] / 1e6, run["recompiles"]])  # fmt: skip
     headers = ["Trainer with", "samples/s", "largest peak MB", "median peak MB", "growth MB", "recompiles"]
-    return tabulate(lines, headers=headers, floatfmt=".1f", missingval="-")
+    return str(tabulate(lines, headers=headers, tablefmt=tablefmt, floatfmt=".1f", missingval="-"))
 
 
 if __name__ == "__main__":

@@ -95,18 +95,21 @@ def _is_plain_product(name: str, specs: Sequence[TensorSpec]) -> bool:
 
 
 def library_bytes(device: torch.device) -> int:
-    """What cuBLAS keeps on a GPU from the first product on: a workspace for forward's thread and one for backward's.
+    """What libraries hold on a GPU beside the step's tensors; 0 on a CPU.
 
-    0 on a CPU. Source: torch's aten/src/ATen/cuda/CublasHandlePool.cpp; ``CUBLAS_WORKSPACE_CONFIG`` (pairs of KiB and
-    count, as in ``:4096:2:16:8``) changes it.
+    From the first product on, cuBLAS keeps a workspace for forward's thread and one for backward's
+    (aten/src/ATen/cuda/CublasHandlePool.cpp; ``CUBLAS_WORKSPACE_CONFIG``, pairs of KiB and count as in
+    ``:4096:2:16:8``, changes it). And whenever a kernel runs for the first time, as a unit's kernels do when it opens
+    first, Inductor times its variants beside a buffer as large as the GPU's cache
+    (torch/_inductor/runtime/benchmarking.py).
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
+    properties = torch.cuda.get_device_properties(device)
     pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     if not pairs:
-        large = torch.cuda.get_device_properties(device).major in (9, 10)
-        pairs = [(4096, 8)] if large else [(4096, 2), (16, 8)]
-    return 2 * sum(1024 * int(size) * int(count) for size, count in pairs)
+        pairs = [(4096, 8)] if properties.major in (9, 10) else [(4096, 2), (16, 8)]
+    return 2 * sum(1024 * int(size) * int(count) for size, count in pairs) + int(properties.L2_cache_size)
 
 
 def _measured(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallMemory | None:
