@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from reference import compile_reference, cosine, differences, equal_bits, optimized, step
-from small_models import Tiny, tokens
+from small_models import Block, Tiny, tokens
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 import slimfit_fx
 from slimfit_fx.codecs import get_codec
@@ -24,7 +26,7 @@ ROUTES = ("interpreter", "inductor")
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch):
     """Attention whose backward adds up in one order, so that two runs of one graph agree to the bit."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -189,10 +191,27 @@ def test_codecs_give_what_they_give_on_the_cpu(name):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_attention_stays_in_one_kernel(dtype):
+    """At sizes of a ViT: its 577 tokens divide by nothing, and a table of all pairs of them would be seen."""
+    with torch.nn.attention.sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        model = nn.Sequential(*(Block(256, 4, dropout=0.0) for _ in range(3))).to(DEVICE)
+        optimized(model, executor="inductor", preset="balanced", freeze_rate=0.5)
+        x = torch.randn(16, 577, 256, device=DEVICE)
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            loss = model(x).square().mean()
+        loss.backward()
+        session = slimfit_fx.session(model)
+        code = "".join(code.source for graph in session.backend.graphs for code in graph.codes)
+        assert "attention" in code and "extern_kernels.bmm" not in code
+        pairs = 16 * 4 * 577 * 577
+        assert not any(math.prod(row.shape) >= pairs for row in session.plan.rows), session.plan.rows
+
+
 def test_a_peak_is_predicted_to_the_percent():
     from bench.measure import step_peak
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+    with torch.nn.attention.sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         model, session = optimized(tiny(depth=3), executor="inductor", preset="balanced", freeze_rate=0.5)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         data = batch(batch=64, length=256)
@@ -209,7 +228,7 @@ def test_a_peak_is_predicted_to_the_percent():
 
 
 def test_a_memory_budget_holds(cheap_only):
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+    with torch.nn.attention.sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         model, data = tiny(depth=3), batch(batch=64, length=256)
         libraries = library_bytes(torch.device(DEVICE))
         config = slimfit_fx.Config(memory_budget=80 * 2**20 + libraries, preset="max", min_bytes=256)
