@@ -198,9 +198,10 @@ def test_attention_stays_in_one_kernel(dtype):
         model = nn.Sequential(*(Block(256, 4, dropout=0.0) for _ in range(3))).to(DEVICE)
         optimized(model, executor="inductor", preset="balanced", freeze_rate=0.5)
         x = torch.randn(16, 577, 256, device=DEVICE)
-        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-            loss = model(x).square().mean()
-        loss.backward()
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # a graph from it comes without its code
+            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+                loss = model(x).square().mean()
+            loss.backward()
         session = slimfit_fx.session(model)
         code = "".join(code.source for graph in session.backend.graphs for code in graph.codes)
         assert "attention" in code and "extern_kernels.bmm" not in code
