@@ -201,6 +201,7 @@ def _headline_section(folder: Path) -> str:
             [f"{task}, {rival}", *(_outcome(rows.get(f"{task}, {dtype}, {cap} GB, {rival}")) for cap in CAPS_GB)]
             for task in TASKS
             for rival in RIVALS
+            if any(f"{task}, {dtype}, {cap} GB, {rival}" in rows for cap in CAPS_GB)
         ]
         heads = [dtype, *(f"{cap} GB" for cap in CAPS_GB)]
         parts.append(str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)))
