@@ -5,8 +5,8 @@
 # PIP_FLAGS goes to pip as it is: an index of CPU builds, for one.
 PYTHON ?= python3
 PIP_FLAGS ?=
-# tests of one file share what they start (the processes of a distributed job)
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# tests of one file share what they start (the processes of a distributed job); tests/conftest.py orders the files
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

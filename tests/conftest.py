@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test workers share few cores
@@ -34,11 +36,22 @@ def _missing_compiler() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a C++ compiler where there is none, and say so."""
+    """Skip what needs a C++ compiler where there is none, and say so; begin with the files that take longest.
+
+    A worker takes file after file: a long one that comes last leaves the other workers idle.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
     compiled = [item for item in items if item.get_closest_marker("inductor") is not None]
     if compiled and (missing := _missing_compiler()) is not None:
         for item in compiled:
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage in what tests make alone: measurements collect it, and imports left a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,9 @@
-"""scikit-learn's digits for tests that train to an accuracy: data, a small transformer, and its step peak."""
+"""scikit-learn's digits for tests that train to an accuracy: data, a small transformer, and its step peak.
+
+One run's accuracy differs by half a point from machine to machine, as sums are rounded otherwise. So that a point is
+more than that, 797 images are held out, training goes on until the accuracy hardly rises, and what is compared is the
+mean over several orders of the training images.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,10 @@ from torch.nn import functional as F
 
 from slimfit_fx.runtime.measure import step_memory
 
-PATCHES, PATCH, WIDTH, TRAIN = 4, 16, 32, 1400
+PATCHES, PATCH, WIDTH, TRAIN = 4, 16, 32, 1000
+EPOCHS, SIZE, RATE, ORDERS = 8, 100, 3e-3, (0, 1, 2)
+STEPS = EPOCHS * TRAIN // SIZE
+OURS = {"executor": "interpreter", "min_bytes": 256, "freeze_rate": 0.5}
 
 
 class Reader(nn.Module):
@@ -37,14 +45,16 @@ class Reader(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+@functools.cache
 def arrays() -> tuple[Tensor, Tensor]:
-    """All images as patches (1797, 4, 16) in [0, 1] and labels (1797,)."""
+    """All images as patches (1797, 4, 16) in [0, 1] and labels (1797,), in a random order: writers lie in a row."""
     digits = load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32).reshape(-1, 2, 4, 2, 4).transpose(2, 3)
-    return pixels.reshape(-1, PATCHES, PATCH) / 16, torch.tensor(digits.target)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return pixels.reshape(-1, PATCHES, PATCH)[order] / 16, torch.tensor(digits.target)[order]
 
 
-def batches(epochs: int, size: int = 100, seed: int = 0, images: int = TRAIN) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(epochs: int, size: int = SIZE, seed: int = 0, images: int = TRAIN) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches of the first ``images`` training images."""
     pixels, labels = arrays()
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +67,7 @@ def batches(epochs: int, size: int = 100, seed: int = 0, images: int = TRAIN) ->
 @functools.cache
 def _pretrained() -> Reader:
     model = Reader(depth=4, dropout=0.1)
-    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * 7
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * (TRAIN // 2 // SIZE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for pixels, labels in batches(40, images=TRAIN // 2):
         optimizer.zero_grad()
@@ -78,6 +88,12 @@ def accuracy(model: nn.Module) -> float:
     model.eval()
     with torch.no_grad():
         return (model(pixels[TRAIN:])["logits"].argmax(-1) == labels[TRAIN:]).float().mean().item()
+
+
+def mean_accuracy(run: Callable[[int], tuple[float, int]]) -> tuple[float, int]:
+    """Mean accuracy and largest peak of ``run`` over the ``ORDERS`` that it is given."""
+    found = [run(order) for order in ORDERS]
+    return sum(a for a, _ in found) / len(found), max(p for _, p in found)
 
 
 def peak(model: nn.Module, call: Callable[..., Any] | None = None, size: int = 400) -> int:

@@ -5,6 +5,7 @@ Each scenario returns plain values; rank r writes ``{scenario: result}`` to FOLD
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import warnings
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from reference import optimized
 from small_models import Block, Tiny, optimizer_state, same_state, tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
@@ -110,9 +111,13 @@ def ddp_ils() -> dict[str, Any]:
     """ILS decides from distances; rank 1 measures badly, and must be overruled by rank 0."""
     model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
     net, optimizer = DistributedDataParallel(model), adamw(model)
-    measured = session._tracker._distance
-    wrong = 1.0 + 0.5 * dist.get_rank()
-    session._tracker._distance = lambda before, param: measured(before, param) * wrong  # type: ignore[method-assign]
+    measured, wrong = session._tracker._distances, 1.0 + 0.5 * dist.get_rank()
+
+    def measured_badly() -> tuple[tuple[str, ...], Tensor]:
+        names, values = measured()
+        return names, values * wrong
+
+    session._tracker._distances = measured_badly  # type: ignore[method-assign]
     torch.manual_seed(dist.get_rank())
     for number in range(12):
         one_step(net, optimizer, number)
@@ -303,23 +308,25 @@ def shard_then_optimize() -> dict[str, Any]:
 
 def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
     """With and without us: accuracy, and the step peak on this rank."""
-    found = {}
-    for ours in (True, False):
+
+    def run(ours: bool, order: int) -> tuple[float, int]:
         torch._dynamo.reset()
         model: nn.Module = digits.pretrained()
         if ours:
-            slimfit_fx.optimize(model, executor="interpreter", min_bytes=256, freeze_rate=0.8)
+            slimfit_fx.optimize(model, **digits.OURS)
         net = wrap(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
-        for pixels, labels in digits.batches(6):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=digits.RATE)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=digits.STEPS)
+        for pixels, labels in digits.batches(digits.EPOCHS, seed=order):
             optimizer.zero_grad()
             rank, world = dist.get_rank(), dist.get_world_size()
             net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()
             optimizer.step()
             schedule.step()
-        found["ours" if ours else "plain"] = (digits.accuracy(model), digits.peak(model, net))
-    return found
+        return digits.accuracy(model), digits.peak(model, net)
+
+    ways = {"ours": True, "plain": False}
+    return {name: digits.mean_accuracy(functools.partial(run, ours)) for name, ours in ways.items()}
 
 
 # ---- checkpoints

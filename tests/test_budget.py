@@ -207,7 +207,7 @@ def test_the_choice_fits_and_a_smaller_budget_never_peaks_higher():
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap_only")
 def test_the_smallest_budget_that_is_told_does_fit_and_plans_are_the_same_each_time():
-    model, batch, settings = Small(), small_batch(8, 16), {"preset": "max", "freeze_rate": 0.6}
+    model, batch, settings = Small(), small_batch(8, 16), {"preset": "balanced", "freeze_rate": 0.6}
     with pytest.raises(MemoryBudgetError, match=r"\((\d+) bytes\)") as error:
         slimfit_fx.plan(model, *batch, memory_budget=1000, **settings)
     smallest = error.value.smallest_bytes

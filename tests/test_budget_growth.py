@@ -68,7 +68,7 @@ def train(model: torch.nn.Module, batch: tuple[torch.Tensor, ...], *, mark: bool
 def test_a_larger_batch_is_planned_again(kind):
     torch.manual_seed(0)
     dynamic = False if kind == "static" else None
-    model = slimfit_fx.optimize(Small(), preset="max", memory_budget=LIMIT, freeze_rate=0.6, dynamic=dynamic)
+    model = slimfit_fx.optimize(Small(), preset="balanced", memory_budget=LIMIT, freeze_rate=0.6, dynamic=dynamic)
     session = slimfit_fx.session(model)
     first = [train(model, small_batch(b), mark=kind == "marked") for b in (8, 12)]
     assert max(first) <= LIMIT and session.plan.preset == "exact"

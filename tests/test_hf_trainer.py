@@ -239,13 +239,14 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
         {"pixels": pixels[: digits.TRAIN].tolist(), "labels": labels[: digits.TRAIN].tolist()}
     ).with_format("torch")
 
-    def run(callbacks: list[Any]) -> tuple[float, int]:
+    def run(seed: int, callbacks: list[Any]) -> tuple[float, int]:
         model = digits.pretrained()
         arguments = transformers.TrainingArguments(
             str(tmp_path),
-            per_device_train_batch_size=100,
-            num_train_epochs=6,
-            learning_rate=3e-3,
+            per_device_train_batch_size=digits.SIZE,
+            num_train_epochs=digits.EPOCHS,
+            learning_rate=digits.RATE,
+            seed=seed,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -255,9 +256,9 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
         transformers.Trainer(model, arguments, train_dataset=train, callbacks=callbacks).train()
         return digits.accuracy(model), digits.peak(model)
 
-    plain, plain_peak = run([])
+    plain, plain_peak = digits.mean_accuracy(lambda seed: run(seed, []))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        ours, our_peak = run([SlimFitCallback(executor="interpreter", min_bytes=256, freeze_rate=0.8)])
+        ours, our_peak = digits.mean_accuracy(lambda seed: run(seed, [SlimFitCallback(**digits.OURS)]))
     assert ours >= plain - 0.01, (ours, plain)
     assert 2 * our_peak <= plain_peak, (our_peak, plain_peak)

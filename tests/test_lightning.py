@@ -110,8 +110,8 @@ class Digits(lightning.LightningModule):
         return self.net(*batch)["loss"]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=digits.RATE)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=digits.STEPS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -120,18 +120,23 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
     pixels, labels = digits.arrays()
     data = TensorDataset(pixels[: digits.TRAIN], labels[: digits.TRAIN])
 
-    def run(callbacks: list[Any]) -> tuple[float, int]:
+    def run(seed: int, callbacks: list[Any]) -> tuple[float, int]:
         module = Digits()
-        order = torch.Generator().manual_seed(0)
+        order = torch.Generator().manual_seed(seed)
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         fit = lightning.Trainer(
-            max_epochs=6, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=tmp_path, **quiet
+            max_epochs=digits.EPOCHS,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            default_root_dir=tmp_path,
+            **quiet,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning advises more workers
-            fit.fit(module, DataLoader(data, 100, shuffle=True, generator=order))
+            fit.fit(module, DataLoader(data, digits.SIZE, shuffle=True, generator=order))
         return digits.accuracy(module.net), digits.peak(module.net)
 
-    plain, plain_peak = run([])
-    ours, our_peak = run([SlimFitLightning("net", executor="interpreter", min_bytes=256, freeze_rate=0.8)])
+    plain, plain_peak = digits.mean_accuracy(lambda seed: run(seed, []))
+    ours, our_peak = digits.mean_accuracy(lambda seed: run(seed, [SlimFitLightning("net", **digits.OURS)]))
     assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)

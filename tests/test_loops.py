@@ -233,19 +233,19 @@ def test_an_accelerate_loop(order, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_to_an_accuracy_in_half_of_the_memory():
-    def run(ours: bool) -> tuple[float, int]:
+    def run(seed: int, ours: bool) -> tuple[float, int]:
         prepared = accelerator()
         model = digits.pretrained()
         if ours:
-            slimfit_fx.optimize(model, **SETTINGS, freeze_rate=0.8)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=6 * 14)
+            slimfit_fx.optimize(model, **digits.OURS)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=digits.RATE)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=digits.STEPS)
         pixels, labels = digits.arrays()
         data = torch.utils.data.TensorDataset(pixels[: digits.TRAIN], labels[: digits.TRAIN])
-        order = torch.Generator().manual_seed(0)
-        loader = torch.utils.data.DataLoader(data, 100, shuffle=True, generator=order)
+        order = torch.Generator().manual_seed(seed)
+        loader = torch.utils.data.DataLoader(data, digits.SIZE, shuffle=True, generator=order)
         net, optimizer, loader, schedule = prepared.prepare(model, optimizer, loader, schedule)
-        for _ in range(6):
+        for _ in range(digits.EPOCHS):
             for batch in loader:
                 optimizer.zero_grad()
                 prepared.backward(net(*batch)["loss"])
@@ -253,7 +253,8 @@ def test_accelerate_to_an_accuracy_in_half_of_the_memory():
                 schedule.step()
         return digits.accuracy(model), digits.peak(model)
 
-    (ours, our_peak), (plain, plain_peak) = run(True), run(False)
+    ours, our_peak = digits.mean_accuracy(lambda seed: run(seed, True))
+    plain, plain_peak = digits.mean_accuracy(lambda seed: run(seed, False))
     assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
 
 
