@@ -89,7 +89,7 @@ def test_the_front_is_what_nothing_else_beats():
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_a_front_of_a_small_model(tmp_path):
-    model, said = Tiny(depth=2), []
+    model, said = Tiny(depth=3), []
     found = slimfit_fx.front(model, tokens(batch=64), presets=("exact",), shares=(0.5,), say=said.append, min_bytes=0)
     names = {p.name for p in found.points}
     assert names == set(said) and {"preset exact", "torch.compile", "activation_memory_budget 0.5"} < names
