@@ -79,9 +79,11 @@ def test_trains_exactly_as_without_us(reference):
     model, session = optimized(hf_models.build(reference.name), preset="exact", scheduler=OpenFirst, freeze_rate=0.7)
     ours, theirs = optimizer_of(model), optimizer_of(reference.model)
     compiles = []
+    partly_eager = False
     for number in range(STEPS):
         loss, grads = step(model, model, reference.batch, seed=number)
-        partly_eager = runs_partly_eagerly(session) if number == 0 else partly_eager
+        if number == 0:
+            partly_eager = runs_partly_eagerly(session)
         expected_loss, expected = step(reference.compiled, reference.model, reference.batch, seed=number)
         closed = session.gates.closed
         assert bool(closed) == (number > 0)
