@@ -1,6 +1,6 @@
 # make setup   .venv with the pinned versions (constraints.txt), this package installed editable
 # make demo    the demo on scikit-learn's digits; `make demo-text` the one on text
-# make test    all tests;  make lint  what CI checks besides;  make smoke  bounds on memory;  make wheel  dist/*.whl
+# make test    the tests;  make test-all  with the slowest and all examples;  make lint  what CI checks besides;  make smoke  bounds on memory;  make wheel  dist/*.whl
 #
 # PIP_FLAGS goes to pip as it is: an index of CPU builds, for one.
 PYTHON ?= python3
@@ -15,7 +15,7 @@ TEXT_STAMP := $(VENV)/.text-stamp
 SOURCES := slimfit_fx passes tests $(wildcard bench)
 TYPED := build/typed
 
-.PHONY: setup demo demo-text test lint smoke format wheel clean
+.PHONY: setup demo demo-text test test-all lint smoke format wheel clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ demo-text: $(TEXT_STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-all: $(STAMP)
+	SLIMFIT_FX_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # mypy reads the tree as it is packaged: passes/ as slimfit_fx.passes.
 lint: $(STAMP)

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from effort import THOROUGH  # noqa: E402
 
 hypothesis.settings.register_profile(
     "ci",
@@ -36,10 +37,14 @@ def _missing_compiler() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a C++ compiler where there is none, and say so; begin with the files that take longest.
+    """Skip what is not asked for or has no C++ compiler, and say so; begin with the files that take longest.
 
     A worker takes file after file: a long one that comes last leaves the other workers idle.
     """
+    if not THOROUGH:
+        for item in items:
+            if item.get_closest_marker("thorough") is not None:
+                item.add_marker(pytest.mark.skip(reason="make test-all runs it"))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
     items.sort(key=lambda item: -slow[item.path])
     compiled = [item for item in items if item.get_closest_marker("inductor") is not None]

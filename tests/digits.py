@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from slimfit_fx.runtime.measure import step_memory
 
 PATCHES, PATCH, WIDTH, TRAIN = 4, 16, 32, 1000
-EPOCHS, SIZE, RATE, ORDERS = 8, 100, 3e-3, (0, 1, 2)
+EPOCHS, SIZE, RATE, ORDERS = 8, 200, 4e-3, (0, 1, 2)
+_EARLY = 100  # images per step before the fine-tuning
 STEPS = EPOCHS * TRAIN // SIZE
 OURS = {"executor": "interpreter", "min_bytes": 256, "freeze_rate": 0.5}
 
@@ -66,10 +67,10 @@ def batches(epochs: int, size: int = SIZE, seed: int = 0, images: int = TRAIN) -
 
 @functools.cache
 def _pretrained() -> Reader:
-    model = Reader(depth=4, dropout=0.1)
-    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * (TRAIN // 2 // SIZE)
+    model = Reader(depth=3, dropout=0.1)
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-2), 40 * (TRAIN // 2 // _EARLY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    for pixels, labels in batches(40, images=TRAIN // 2):
+    for pixels, labels in batches(40, _EARLY, images=TRAIN // 2):
         optimizer.zero_grad()
         model(pixels, labels)["loss"].backward()
         optimizer.step()
@@ -96,8 +97,11 @@ def mean_accuracy(run: Callable[[int], tuple[float, int]]) -> tuple[float, int]:
     return sum(a for a, _ in found) / len(found), max(p for _, p in found)
 
 
-def peak(model: nn.Module, call: Callable[..., Any] | None = None, size: int = 400) -> int:
-    """Step peak in bytes on a batch of the first images, by the allocator's events, without an optimizer step."""
+def peak(model: nn.Module, call: Callable[..., Any] | None = None, size: int = SIZE) -> int:
+    """Step peak in bytes on a batch of the first images, by the allocator's events, without an optimizer step.
+
+    A ``size`` of its own would compile the model again, with symbolic sizes.
+    """
     pixels, labels = arrays()
     model.train()
     model.zero_grad()

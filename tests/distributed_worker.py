@@ -323,7 +323,7 @@ def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
             net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()
             optimizer.step()
             schedule.step()
-        return digits.accuracy(model), digits.peak(model, net)
+        return digits.accuracy(model), digits.peak(model, net, digits.SIZE // dist.get_world_size())
 
     ways = {"ours": True, "plain": False}
     return {name: digits.mean_accuracy(functools.partial(run, ours)) for name, ours in ways.items()}

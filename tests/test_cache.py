@@ -73,6 +73,7 @@ def test_a_second_process_starts_warm(tmp_path):
     assert looked_up(other_scheduler) == HIT
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_blocks_with_branches_inside_are_read_from_the_caches(tmp_path):

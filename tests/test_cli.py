@@ -267,6 +267,7 @@ def test_front_for_real(tmp_path, monkeypatch):
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap_only")

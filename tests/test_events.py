@@ -11,6 +11,7 @@ import itertools
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import optimized
@@ -58,7 +59,7 @@ def predicted_events(session: Session) -> list[int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     spec=specs(**SMALLER),
     head=st.sampled_from(("loss", "tied to the embedding")),
@@ -81,6 +82,7 @@ def test_the_timeline_is_that_of_the_allocator(spec, head, preset, data):
 MOST_GATES = 4
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @settings(max_examples=3)
 @given(spec=specs(**SMALLER), preset=st.sampled_from(("exact", "max")))

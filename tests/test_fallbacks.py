@@ -34,6 +34,7 @@ def test_every_operator_is_registered_with_its_layout():
         assert op in lowerings and maybe_layout_constraints(op) is constrain_to_fake_tensors, name
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 def test_the_first_plan_of_a_process_equals_the_second():
     tests = Path(__file__).parent

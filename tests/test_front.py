@@ -86,6 +86,7 @@ def test_the_front_is_what_nothing_else_beats():
     assert marked == {"a": True, "b": True, "c": False, "d": True}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_a_front_of_a_small_model(tmp_path):

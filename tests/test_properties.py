@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from effort import examples
 from graphs import watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +71,7 @@ def test_gradients_are_those_of_torch(spec, seed):
     assert session.recompiles == 0
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_no_ghost_is_ever_read(spec, seed):
     """In debug mode ghosts hold NaN: whoever reads one, passes it on."""
@@ -95,7 +96,7 @@ def graphs_of(work) -> list[str]:
     return [str(work.seam.forward.graph), str(work.seam.backward.graph)]
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(spec=specs(), preset=st.sampled_from(("exact", "balanced", "max", "paper")))
 def test_a_second_run_of_a_pass_changes_nothing(spec, preset):
     seen = set()
@@ -162,7 +163,7 @@ def test_liveness_is_what_dead_code_elimination_finds(spec, seed):
 # ---- codecs
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(spec=specs(max_layers=3), preset=st.sampled_from(("balanced", "max")))
 def test_lossy_codecs_change_gradients_a_little(spec, preset):
     torch._dynamo.reset()

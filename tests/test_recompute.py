@@ -69,6 +69,7 @@ def test_no_chain_runs_through_several_blocks(level):
     assert 0 < longest <= 9, "a block of this model has six products; the first and the last may be cut in two"
 
 
+@pytest.mark.thorough
 def test_levels_save_what_grows_with_depth_only_at_the_borders_of_blocks():
     per_block = {level: saved_bytes(planned(level, depth=7)) - saved_bytes(planned(level, depth=6)) for level in LEVELS}
     assert per_block["blocks"] < 0.6 * per_block["cheap"] and per_block["products"] < per_block["cheap"]
