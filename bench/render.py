@@ -166,8 +166,8 @@ def _one_table(rows: Rows, table: Sequence[Cell], source: str) -> str:
     late, of = bound_by_update(rows, table, "balanced")
     if of:
         parts.append(
-            f"In {late} of {of} settings the optimizer's step of `balanced` (gradients of open units, copies of their\n"
-            "weights for the distances, AdamW's temporaries) takes more than its forward and backward."
+            f"In {late} of {of} settings the optimizer's step of `balanced` (gradients of open units, samples of\n"
+            "their weights for the distances, AdamW's temporaries) takes more than its forward and backward."
         )
     for base in BASELINES[:2]:
         most = ceiling(rows, table, base)

@@ -7,7 +7,7 @@
 ``checkpoint``          eager, gradient checkpointing; ``compile-checkpoint``: compiled
 ``activation-budget-X`` torch.compile with torch's ``activation_memory_budget`` of X, in (0, 1]
 ``lora``                eager, LoRA of rank 8 (peft); ``lora-checkpoint``: with gradient checkpointing
-a preset's name         slimfit_fx; with ``-products`` or ``-blocks``: that level of recompute; with ``-open``:
+a preset's name         slimfit_fx; with ``-products``, ``-blocks`` or ``-auto``: that recompute; with ``-open``:
                         every gate open (scheduler "none")
 ``budget-X``            slimfit_fx's planner with a memory budget of X, up to preset "max": ``8GiB``; in the tables also
                         ``50%``: parameters and optimizer state, and half of what eager's step takes above them
@@ -29,7 +29,7 @@ PLAIN = ("eager", "compile", "checkpoint")
 PRESETS = ("exact", "paper", "balanced", "max")
 ACTIVATION_BUDGETS = tuple(f"activation-budget-{tenths / 10:g}" for tenths in range(1, 10))
 _OPEN = "-open"
-_LEVELS = ("products", "blocks")
+_LEVELS = ("products", "blocks", "auto")
 _LORA_RANK = 8
 
 
@@ -74,7 +74,10 @@ def rival_of(name: str) -> Rival:
     """Return the rival of this name; ValueError for a name that nobody bears."""
     found = _NAMED.get(name) or _ours(name) or _with_size(name)
     if found is None:
-        ours = [*PRESETS, *(f"{preset}{end}" for preset in PRESETS for end in ("-products", "-blocks", _OPEN))]
+        ours = [
+            *PRESETS,
+            *(f"{preset}{end}" for preset in PRESETS for end in (*(f"-{level}" for level in _LEVELS), _OPEN)),
+        ]
         legal = ", ".join(
             [*_NAMED, "activation-budget-X (0 < X <= 1)", *ours, "budget-X (a size such as 8GiB, or 50% of eager's)"]
         )

@@ -26,6 +26,7 @@ from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.sink_backward import sink_backward
 from slimfit_fx.passes.verify import IllegalGraphError, verify_joint, verify_seam
+from slimfit_fx.planning.levels import plan_paid
 from slimfit_fx.planning.planner import Planner, Planning
 from slimfit_fx.planning.rows import GraphPlan
 
@@ -44,7 +45,8 @@ class Settings:
     decompositions: dict[Any, Any]
     disabled: tuple[str, ...] = ()
     recompute_price: float = 1.0
-    recompute: str = "cheap"
+    recompute: tuple[str, ...] = ("cheap",)
+    """The level; or those among which the planner takes what the closed units pay for."""
     why_milder: Callable[[str], str | None] = lambda kind: None
     """Why a kind's codec is not that of the preset; None if it is."""
     outline: bool = True
@@ -192,17 +194,20 @@ def _simplify(work: Work) -> int:
 
 
 def _plan(work: Work, settings: Settings) -> int:
-    planner = Planner(
-        work.joint,
-        lambda n: n.meta.get(SERVES, frozenset()),
-        codec_for=settings.codec_for,
-        freeze_rate=settings.freeze_rate,
-        min_bytes=settings.min_bytes,
-        recompute_price=settings.recompute_price,
-        recompute=settings.recompute,
-        why_milder=settings.why_milder,
-    )
-    work.planning = planner.plan()
+    def planner(level: str) -> Planner:
+        return Planner(
+            work.joint,
+            lambda n: n.meta.get(SERVES, frozenset()),
+            codec_for=settings.codec_for,
+            freeze_rate=settings.freeze_rate,
+            min_bytes=settings.min_bytes,
+            recompute_price=settings.recompute_price,
+            recompute=level,
+            why_milder=settings.why_milder,
+        )
+
+    levels = settings.recompute
+    work.planning = planner(levels[0]).plan() if len(levels) == 1 else plan_paid(levels, planner)
     return tag_cut(work.joint.module, work.planning)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXECUTORS = ("inductor", "interpreter")
 RECOMPUTE = ("cheap", "products", "blocks")
+"""Levels, each of which may compute again what the one before it may, and more."""
 _OF_THE_PRESET: Any = "of the preset"
 
 
@@ -78,8 +79,9 @@ class Config:
     in (0, 1]. The least lossy plan that fits is taken, up to ``preset``; if none fits, the first step raises."""
     recompute: str = "cheap"
     """What may be computed again for backward: ``"cheap"`` (pointwise work, norms, attention scores), ``"products"``
-    (matrix products too where that saves more than it costs) or ``"blocks"`` (whole blocks from what enters them, like
-    gradient checkpointing). The results are the same; less is saved and a step takes longer."""
+    (matrix products too where that saves more than it costs), ``"blocks"`` (whole blocks from what enters them, like
+    gradient checkpointing), or ``"auto"``: of these, what the closed units' spared products pay for. The results are
+    the same; less is saved and a step takes longer."""
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""
@@ -125,6 +127,13 @@ class Config:
     def expected_gradient_error(self) -> float | None:
         """The relative gradient error to expect if values of every kind are stored; None if it was never measured."""
         return _sensitivity().expected_error(self.codec_map)
+
+    @property
+    def recompute_levels(self) -> tuple[str, ...]:
+        """Those among which the planner may choose; where every unit trains, nothing is spared to pay for more."""
+        if self.recompute != "auto":
+            return (self.recompute,)
+        return RECOMPUTE[:1] if self.scheduler == "none" else RECOMPUTE
 
     @property
     def label(self) -> str:
@@ -181,7 +190,7 @@ class Config:
             "disabled_passes": sorted(set(self.disabled_passes)),
             "freeze_rate": round(self.freeze_rate, 4),
             "recompute_price": self.recompute_price,
-            "recompute": self.recompute,
+            "recompute": self.recompute_levels,
             "milder": {kind: why for kind in FALLBACK if (why := self.why_milder(kind)) is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -271,7 +280,7 @@ def _check_units(config: Config) -> Iterable[str]:
 
 
 def _check_choices(config: Config) -> Iterable[str]:
-    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES), ("recompute", RECOMPUTE)):
+    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES), ("recompute", (*RECOMPUTE, "auto"))):
         value = getattr(config, name)
         if not isinstance(value, str):
             yield _WrongType(f"{name} must be a string, one of {sorted(legal)}, got {value!r}")

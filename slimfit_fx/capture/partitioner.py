@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -122,7 +123,7 @@ def partition_joint(
         )
         forward, backward = min_cut_rematerialization_partition(pristine, joint_inputs, **partitioner_args)
         plan = GraphPlan((), tuple((f"gate {g}", reason) for g in range(len(layout.params))), (), None, reason)
-    return forward, backward, GraphPlan(plan.rows, plan.refusals, plan.gated, compared, plan.fallback)
+    return forward, backward, dataclasses.replace(plan, torch_compile_saved=compared)
 
 
 def settings_of(config: Config) -> Settings:
@@ -138,7 +139,7 @@ def settings_of(config: Config) -> Settings:
         decompositions=select_decomp_table(),
         disabled=config.disabled_passes,
         recompute_price=config.recompute_price,
-        recompute=config.recompute,
+        recompute=config.recompute_levels,
         outline=config.executor == "inductor",
     )
 

@@ -143,9 +143,9 @@ def candidates(config: Config) -> list[Config]:
     """What is tried under a budget, in order: what costs least time first, and of that the least lossy.
 
     Codecs that the preset allows come before running products again, which costs time in every step; whole blocks are
-    run again only if nothing else fits.
+    run again only if nothing else fits. That is what ``recompute="auto"`` comes to here.
     """
-    levels = RECOMPUTE[RECOMPUTE.index(config.recompute) :]
+    levels = RECOMPUTE if config.recompute == "auto" else RECOMPUTE[RECOMPUTE.index(config.recompute) :]
     return [dataclasses.replace(one, recompute=level) for level in levels for one in _by_error(config)]
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from slimfit_fx.codecs import Codec, ValueSpec
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
-from slimfit_fx.graph.repeats import crossing, cuts, find_run
+from slimfit_fx.planning.borders import find_borders
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 
@@ -27,11 +27,10 @@ _PRICE_PER_BYTE = {"pointwise": 0.004, "transcendental": 0.008, "reduction": 0.0
 _TRANSCENDENTAL = {"erf", "exp", "tanh", "sigmoid", "log", "gelu", "silu", "pow", "sin", "cos"}
 _FLOPS_PER_BYTE = 2000.0
 """Price of a product of two activations (attention scores): so many operations cost as much as one saved byte."""
-_ANY_PRODUCT_FLOPS_PER_BYTE = {"products": 1000.0, "blocks": 1e7}
+_ANY_PRODUCT_FLOPS_PER_BYTE = {"products": 1000.0, "blocks": 1e5}
 """The same for any product where products may run again. The bytes that a product with inner size K saves are worth K/2
-operations each: at 1000, products over 768 elements run again and those over 3072 do not."""
-_FEWEST_REPEATED = 16
-"""Nodes that must come again for a stretch of the forward to count as a repeated block."""
+operations each: at 1000, products over 768 elements run again and those over 3072 do not. At 1e5 every product does,
+but not for the sake of one number per row, such as the variance that a norm's backward reads."""
 _BLOCKS_DISCOUNT = 1e-3
 """What running a cheap operator again costs where whole blocks are computed again, against its usual price."""
 
@@ -57,6 +56,8 @@ class Planning:
     refusal: str | None = None
     recomputed_reads: tuple[fx.Node, ...] = ()
     """Forward values that backward reads and that are computed again for it."""
+    note: str | None = None
+    """What a user should know of how it was planned."""
 
 
 def effective_gates(serves: frozenset[int]) -> frozenset[int]:
@@ -128,16 +129,16 @@ class Planner:
         }
         self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
         self.tainted = mask_tainted(joint.graph)
-        self.boundaries = set() if recompute == "cheap" else self._boundaries()
+        self.boundaries = set() if recompute == "cheap" else self._find_borders()
         self._decisions: dict[fx.Node, Decision] = {}
         self._chances: dict[fx.Node, float] = {}
 
     def plan(self) -> Planning:
         """The cheapest cut and what is done with each value in it."""
-        needed = self._needed_backward()
+        needed = self.needed_backward()
         if not needed:
             return Planning(None, refusal="no gradient is computed in this graph")
-        cut = minimum_cut(self.joint.graph, self.backward, needed, self._save_cost, self._recompute_price)
+        cut = minimum_cut(self.joint.graph, self.backward, needed, self.save_cost, self._recompute_price)
         if cut is None:
             return Planning(None, refusal="no finite cut: some value can neither be saved nor computed again")
         reads = tuple(
@@ -147,15 +148,11 @@ class Planner:
         )
         return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads)
 
-    def _boundaries(self) -> set[fx.Node]:
-        """What repeated blocks of the forward give to each other, views seen through."""
-        nodes = [n for n in self.joint.graph.nodes if n in self.forward and n.op == "call_function"]
-        nodes = [n for n in nodes if ops.op_name(n) != "inductor_lookup_seed"]
-        run = find_run(nodes, fewest_saved=_FEWEST_REPEATED)
-        windows = next(cuts(nodes, run), []) if run is not None else []
-        return {ops.view_base(n) for n in crossing(nodes, windows) if ops.is_tensor(n)}
+    def _find_borders(self) -> set[fx.Node]:
+        read = {i for n in self.needed_backward() for i in n.all_input_nodes}
+        return find_borders(self.joint.graph, self.forward, read & self.forward)
 
-    def _needed_backward(self) -> set[fx.Node]:
+    def needed_backward(self) -> set[fx.Node]:
         """Nodes only backward can run that some gradient depends on."""
         stack = [n for n in self.joint.grad_nodes() if isinstance(n, fx.Node) and n in self.backward]
         stack += [n for n in self.backward if n.op == "call_function" and not n.users]
@@ -206,7 +203,8 @@ class Planner:
             return Decision(kind, None, f"{codec.name}: {refusal}")
         return Decision(kind, codec, f"{kind}: {milder or codec.name}")
 
-    def _save_cost(self, node: fx.Node) -> float:
+    def save_cost(self, node: fx.Node) -> float:
+        """Bytes that are expected to be held if ``node`` is saved; infinite if it cannot be."""
         if node.op == "placeholder":
             return 1e15 if node in self.mutated else 0.0
         if ops.is_symbol(node):
@@ -221,16 +219,16 @@ class Planner:
             spec = value_spec(node.meta["val"])
             assert spec is not None
             size = float(hint(decision.codec.encoded_bytes(spec)))
-        return size * self._chance(node) + 1.0
+        return size * self.chance(node) + 1.0
 
-    def _chance(self, node: fx.Node) -> float:
+    def chance(self, node: fx.Node) -> float:
         """The chance that backward needs ``node``, through its own readers or through what is recomputed from it."""
         if node not in self._chances:
             serves = self.serves_of(node)
             if serves:
                 self._chances[node] = chance_open(serves, self.freeze_rate)
             else:
-                readers = [self._chance(u) for u in node.users if u not in self.backward and ops.is_cheap(u)]
+                readers = [self.chance(u) for u in node.users if u not in self.backward and ops.is_cheap(u)]
                 self._chances[node] = max(readers, default=1.0)
         return self._chances[node]
 
@@ -248,7 +246,7 @@ class Planner:
         if not ops.is_cheap(node) or ops.is_decision(node):
             return math.inf
         discount = _BLOCKS_DISCOUNT if self.recompute == "blocks" else 1.0
-        return self.recompute_price * discount * self._traffic_price(node) * self._chance(node)
+        return self.recompute_price * discount * self._traffic_price(node) * self.chance(node)
 
     def _traffic_price(self, node: fx.Node) -> float:
         size = (

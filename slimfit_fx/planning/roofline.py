@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import hint
 
 _MATRIX, _STREAM_BYTES, _ROUNDS = 1024, 1 << 26, 5
 
@@ -66,6 +70,21 @@ def operator_flops(name: str, func: Any, args: Sequence[Any], result_shape: Sequ
     except (AssertionError, TypeError, ValueError, IndexError):  # an operator called in a way its formula does not know
         return 0.0
     return 0.0
+
+
+def node_flops(node: fx.Node) -> float:
+    """Operations of a product, a convolution or attention in a graph; 0 for anything else."""
+    val = node.meta.get("val")
+    if node.op != "call_function" or val is None:
+        return 0.0
+    args = [_shape(arg) for arg in node.args]
+    return operator_flops(str(node.target), node.target, args, _shape(node) if ops.is_tensor(node) else None)
+
+
+def _shape(arg: Any) -> Any:
+    if isinstance(arg, fx.Node) and ops.is_tensor(arg):
+        return tuple(hint(size) for size in arg.meta["val"].shape)
+    return arg
 
 
 def roofline_of(device: torch.device) -> Roofline:

@@ -81,6 +81,8 @@ class GraphPlan:
     torch_compile_saved: int | None = None
     fallback: str | None = None
     """Why the graph was left as it was, if it was."""
+    note: str | None = None
+    """What a user should know of how it was planned."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -96,6 +98,7 @@ class GraphPlan:
             tuple(data["gated"]),
             data["torch_compile_saved"],
             data["fallback"],
+            data["note"],
         )
 
 
@@ -210,6 +213,7 @@ def merge_plans(
     )
     compared = [g.torch_compile_saved for g in graphs if g.torch_compile_saved is not None]
     notes = tuple(f"graph {i} was left as it was: {g.fallback}" for i, g in enumerate(graphs) if g.fallback)
+    notes += tuple(f"graph {i}: {g.note}" for i, g in enumerate(graphs) if g.note)
     refusals = tuple(r for g in graphs for r in g.refusals if not r[0].startswith("gate "))
     return MemoryPlan(
         tuple(rows),
