@@ -1,0 +1,105 @@
+"""``recompute="auto"``: as much runs again as the closed units pay for; and where blocks are cut for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import Bench, stopped_after
+from reference import compile_reference, differences, equal_bits, optimized, step
+from small_models import Tiny, tokens
+from torch import nn
+
+import slimfit_fx
+from slimfit_fx.config import RECOMPUTE, Config
+from slimfit_fx.graph import ops
+from slimfit_fx.planning.levels import Level, choose
+from slimfit_fx.planning.planner import Planning
+from slimfit_fx.planning.roofline import node_flops
+
+
+def level(name: str, saved: float, again: float, *, spared: float = 100.0, has_blocks: bool = True) -> Level:
+    return Level(name, Planning(None), saved, again, spared, has_blocks)
+
+
+@pytest.mark.parametrize(
+    ("products", "blocks", "expected"),
+    [
+        ((50.0, 40.0), (10.0, 90.0), "blocks"),
+        ((50.0, 40.0), (10.0, 96.0), "products"),  # five run again anyway; 91 of 100 are too many
+        ((50.0, 40.0), (10.0, 95.0), "blocks"),
+        ((99.0, 99.0), (10.0, 99.0), "cheap"),
+        ((81.0, 20.0), (90.0, 30.0), "cheap"),  # neither saves less than the first
+    ],
+)
+def test_of_what_is_paid_the_least_is_saved(products, blocks, expected):
+    found = choose([level("cheap", 80.0, 5.0), level("products", *products), level("blocks", *blocks)])
+    assert found.name == expected
+
+
+def test_without_repeated_blocks_nothing_more_runs_again():
+    """A chain of recompute would run through the whole model."""
+    levels = [level("cheap", 80.0, 0.0, has_blocks=False), level("blocks", 1.0, 1.0, has_blocks=False)]
+    assert choose(levels).name == "cheap"
+
+
+def post_norm(depth: int = 5) -> nn.Module:
+    """What passes on from block to block comes from a norm behind a wide product."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "vocab_size": 31}
+    config = transformers.BertConfig(num_hidden_layers=depth, attention_probs_dropout_prob=0.0, num_labels=5, **sizes)
+    return transformers.BertForSequenceClassification(config).train()
+
+
+def again(bench: Bench) -> list[tuple[int, int]]:
+    """(inner size, outer size) of each product that runs again."""
+    planning = bench.work.planning
+    assert planning is not None and planning.cut is not None
+    found = [n for n in planning.cut.recomputed if ops.is_matrix_product(n) and n.name in kept_forward(bench)]
+    return sorted(tuple(n.args[-1].meta["val"].shape) for n in found)
+
+
+def kept_forward(bench: Bench) -> set[str]:
+    return {n.name for n in bench.work.pair().forward.graph.nodes}
+
+
+def test_blocks_are_cut_where_the_least_runs_again():
+    """The wide product before the last norm of a block is spared (the last block may be cut in two), for two numbers
+    per row."""
+    ids = tokens(batch=8)[0]
+    bench = stopped_after("split_joint", post_norm(), (ids, torch.ones_like(ids)), recompute="blocks", preset="exact")
+    shapes = again(bench)
+    assert shapes.count((256, 1024)) == 5 and shapes.count((1024, 256)) <= 1
+
+
+@pytest.mark.parametrize(("freeze_rate", "expected"), [(0.9, "products"), (0.2, "cheap")])
+def test_the_plan_says_what_was_chosen(freeze_rate, expected):
+    config = Config(recompute="auto", freeze_rate=freeze_rate, min_bytes=0)
+    plan = slimfit_fx.plan(Tiny(depth=4), *tokens(batch=8), config=config)
+    (note,) = (n for n in plan.notes if "recompute" in n)
+    assert note.startswith(f'graph 0: recompute "auto": {expected}')
+
+
+def test_gradients_are_the_same_bits():
+    model, session = optimized(Tiny(depth=4), preset="exact", freeze_rate=0.9, min_bytes=0, recompute="auto")
+    reference = Tiny(depth=4)
+    expected_loss, expected = step(compile_reference(reference), reference, tokens())
+    loss, grads = step(model, model, tokens())
+    assert equal_bits(expected_loss, loss)
+    assert differences(expected, grads, closed=set(session.gates.closed)) == []
+    assert "products" in next(n for n in session.plan.notes if "recompute" in n)
+
+
+def test_where_every_unit_trains_nothing_is_spared():
+    assert Config(recompute="auto", scheduler="none").recompute_levels == ("cheap",)
+    assert Config(recompute="auto").recompute_levels == RECOMPUTE and Config().recompute_levels == ("cheap",)
+    assert Config(recompute="auto").fingerprint() != Config().fingerprint()
+    assert Config(recompute="auto", scheduler="none").fingerprint() == Config().fingerprint()
+
+
+def test_products_of_a_graph_have_their_operations():
+    ids = tokens(batch=8)[0]
+    bench = stopped_after("split_joint", post_norm(depth=2), (ids,), preset="exact", min_bytes=0)
+    found = sum(map(node_flops, bench.work.pair().forward.graph.nodes))
+    per_block = 2 * ids.numel() * (4 * 256 * 256 + 2 * 256 * 1024) + 4 * ids.numel() * ids.shape[1] * 256
+    assert found == 2 * per_block + 2 * 8 * 256 * (256 + 5)
