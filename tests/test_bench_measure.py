@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -39,7 +40,7 @@ def _expected(actions: list[int]) -> tuple[int, list[int]]:
     return peak, alive
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(_ACTIONS)
 def test_peak_equals_arithmetic(actions: list[int]) -> None:
     peak, alive = _expected(actions)
@@ -50,7 +51,7 @@ def test_peak_equals_arithmetic(actions: list[int]) -> None:
     assert found.timeline[-1][1] == found.end_bytes
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(_ACTIONS, _ACTIONS)
 def test_halves_equal_arithmetic(first: list[int], second: list[int]) -> None:
     forward_peak, alive = _expected(first)

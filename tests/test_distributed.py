@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import THOROUGH
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ SAMPLE = 100  # as in the worker
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 ON_TWO = (
     *("ddp_curve", "ddp_ils", "ddp_traffic", "ddp_gradients", "ddp_then_optimize", "ddp_own_hook", "ddp_disagree"),
-    *("ddp_join", "ddp_digits", "fsdp_digits"),
+    *("ddp_join", "ddp_digits", *["fsdp_digits"] * THOROUGH),
     *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "shard_then_optimize"),
     *("ddp_save", "ddp_resume", "fsdp_save", "fsdp_resume"),
 )
@@ -153,7 +154,7 @@ def test_distributed_checkpoints_resume_on_any_number_of_processes(kind, two, ot
         assert found["losses"][:2] == pytest.approx(saved["losses"][:2], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.thorough)])
 def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
     for rank in two:
         (ours, our_peak), (plain, plain_peak) = rank[f"{kind}_digits"]["ours"], rank[f"{kind}_digits"]["plain"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from graphs import Bench, stopped_after
@@ -40,6 +42,10 @@ def test_without_repeated_blocks_nothing_more_runs_again():
     """A chain of recompute would run through the whole model."""
     levels = [level("cheap", 80.0, 0.0, has_blocks=False), level("blocks", 1.0, 1.0, has_blocks=False)]
     assert choose(levels).name == "cheap"
+
+
+def test_a_level_at_which_nothing_can_be_planned_is_not_taken():
+    assert choose([level("cheap", 80.0, 0.0), level("blocks", math.inf, 0.0)]).name == "cheap"
 
 
 def post_norm(depth: int = 5) -> nn.Module:

@@ -8,6 +8,7 @@ memory to be saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ class Level:
     name: str
     planning: Planning
     saved_bytes: float
+    """Expected; infinite if nothing could be planned."""
     again: float
     """Operations of products that forward ran and backward runs again."""
     spared: float
@@ -40,7 +42,7 @@ def plan_level(name: str, planner: Planner) -> Level:
     return Level(
         name,
         planning,
-        saved_bytes=0.0 if cut is None else sum(planner.save_cost(n) for n in cut.saved),
+        saved_bytes=math.inf if cut is None else sum(planner.save_cost(n) for n in cut.saved),
         again=0.0 if cut is None else sum(planner.chance(n) * node_flops(n) for n in cut.recomputed & planner.forward),
         spared=sum((1.0 - planner.chance(n)) * node_flops(n) for n in planner.needed_backward()),
         has_blocks=bool(planner.boundaries),
