@@ -1,4 +1,4 @@
-"""``recompute="auto"``: run as much again as the closed units pay for, so that a step takes no longer than before.
+"""``recompute="auto"``: run as much again as the closed units pay for, so that a step has no more to do than before.
 
 A closed unit saves the product of its weight's gradient. With r of the units closed, that is up to r/3 of the step, and
 whole blocks cost less than that to run again: each level of recompute is planned, and of those whose products are paid
