@@ -345,8 +345,10 @@ def inputs(spec: Spec, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
 def specs(
     draw: st.DrawFn, *, sizes: tuple[str, ...] = ("static", "static", "static", "batch"), max_layers: int = 4
 ) -> Spec:
-    """Small valid models; shrinks towards one linear layer with static sizes."""
+    """Small valid models, some of identical blocks; shrinks towards one linear layer with static sizes."""
     layers = tuple(draw(st.lists(st.sampled_from(tuple(LAYERS)), min_size=1, max_size=max_layers)))
+    if len(layers) <= max_layers // 2:
+        layers *= draw(st.sampled_from((1, 1, 3)))
     places = st.integers(0, len(layers) - 1)
     spec = Spec(
         layers=layers,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from reference import compile_reference, cosine, differences, equal_bits, optimized, step
 from strategies import Spec, build, inputs, specs
 
+from slimfit_fx.config import RECOMPUTE
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs
 from slimfit_fx.passes.liveness import SERVES
 
@@ -50,13 +51,13 @@ def close(session, names) -> frozenset[str]:
 
 
 @settings(max_examples=40)
-@given(spec=specs(), seed=st.integers(0, 2**16))
-def test_gradients_are_those_of_torch(spec, seed):
+@given(spec=specs(), seed=st.integers(0, 2**16), recompute=st.sampled_from(RECOMPUTE))
+def test_gradients_are_those_of_torch(spec, seed, recompute):
     """All gates open: bit for bit what torch computes. Any pattern: the same for open units, None for closed."""
     torch._dynamo.reset()
     reference = build(spec)
     expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
-    model, session = ours(spec)
+    model, session = ours(spec, recompute=recompute)
     loss, grads = run(spec, model, model)
     assert equal_bits(expected_loss, loss)
     assert differences(expected, grads) == []
