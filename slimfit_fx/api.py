@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimfit_fx import integrations
 from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
 from slimfit_fx.config import Config
@@ -47,6 +48,7 @@ def optimize(model: nn.Module, config: Config | None = None, /, **settings: Any)
     current = Session(model, chosen, found.units, found.always, _executor(model, chosen))
     _SESSIONS[model] = current
     model._compiled_call_impl = _dispatcher(model, current)
+    integrations.attach_to_loaded()
     return model
 
 

@@ -223,6 +223,8 @@ class Session:
 
     def say_it_starts_anew(self, what: str) -> None:
         """Called by integrations whose checkpoint holds no schedule, because it was saved without ``what``."""
+        if self._tracker.anew_is_known:
+            return
         self._tracker.anew_is_known = True
         warnings.warn(
             f"slimfit_fx: this checkpoint was saved without {what} and holds no schedule: the schedule starts again "

@@ -108,9 +108,8 @@ def test_everything_that_trainer_does_in_one_run(how, tmp_path):
     assert {len(opened) for _, opened in session.gates.history} == {session.scheduler.open_count}
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 3 and len([e for e in run.state.log_history if "eval_accuracy" in e]) == 3
-    if how == "callback":
-        assert all(entry.keys() >= KEYS for entry in logged)
-        assert logged[-1]["slimfit/frozen_share"] == pytest.approx(session.gates.frozen_share)
+    assert all(entry.keys() >= KEYS for entry in logged)
+    assert logged[-1]["slimfit/frozen_share"] == pytest.approx(session.gates.frozen_share)
     best = bert(seed=1)
     best.load_state_dict(type(model).from_pretrained(run.state.best_model_checkpoint).state_dict())
     assert same_weights(model, best), "load_best_model_at_end"
@@ -121,18 +120,20 @@ def test_everything_that_trainer_does_in_one_run(how, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "restore"), [("callback", False), ("callback", True), ("both", False)], ids=["callback", "restored", "both"]
+    ("how", "restore"),
+    [("callback", False), ("callback", True), ("both", False), ("optimize", False), ("optimize", True)],
+    ids=["callback", "restored", "both", "optimize", "optimize and restored"],
 )
 def test_a_resumed_run_equals_the_run_without_a_stop(how, restore, tmp_path):
     """``restore``: with restore_callback_states_from_checkpoint, which makes new callback objects."""
 
     def start() -> tuple[Any, Any]:
         model = bert()
-        if how == "both":
+        if how != "callback":
             slimfit_fx.optimize(model, **SETTINGS)
-        callback = SlimFitCallback() if how == "both" else SlimFitCallback(**SETTINGS)
+        callbacks = {"callback": [SlimFitCallback(**SETTINGS)], "both": [SlimFitCallback()], "optimize": []}[how]
         settings = {"save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": restore}
-        return model, trainer(model, tmp_path, callbacks=[callback], **settings)
+        return model, trainer(model, tmp_path, callbacks=callbacks, **settings)
 
     model, run = start()
     run.train()
@@ -146,13 +147,45 @@ def test_a_resumed_run_equals_the_run_without_a_stop(how, restore, tmp_path):
     assert len({opened for _, opened in whole.gates.history}) > 3, "a schedule that a lost state would change"
 
 
-def test_a_checkpoint_without_a_schedule_says_so(tmp_path):
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_the_schedule_is_in_the_checkpoint_whenever_it_is_written(strategy, tmp_path):
     model = slimfit_fx.optimize(bert(), **SETTINGS)
-    trainer(model, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    chosen: dict[str, Any] = {"save_strategy": strategy, "num_train_epochs": 1, "max_steps": -1}
+    if strategy == "best":
+        chosen |= {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "accuracy"}
+    run = trainer(model, tmp_path, **chosen)
+    seen: dict[int, Any] = {}
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen[state.global_step] = slimfit_fx.session(model).state_dict()
+
+    run.add_callback(Watch())
+    run.train()
+    folders = list(tmp_path.glob("checkpoint-*"))
+    assert folders
+    for folder in folders:
+        kept = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]["SlimFitCallback"]
+        expected = seen[int(folder.name.removeprefix("checkpoint-"))]
+        assert kept["attributes"]["saved"] == json.loads(json.dumps(expected))
+
+
+def test_a_model_that_was_not_optimized_leaves_nothing_in_a_checkpoint(tmp_path):
+    slimfit_fx.optimize(bert(), **SETTINGS)
+    run = trainer(bert(), tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    run.train()
+    assert "SlimFitCallback" not in run.state.stateful_callbacks
+    assert not any(KEYS & entry.keys() for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("how", ["callback", "optimize"])
+def test_a_checkpoint_without_a_schedule_says_so(how, tmp_path):
+    trainer(bert(), tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     assert "SlimFitCallback" not in json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text()).get(
         "stateful_callbacks", {}
     )
-    run = trainer(bert(), tmp_path, callbacks=[SlimFitCallback(**SETTINGS)], max_steps=3)
+    model, callbacks = prepared(how)
+    run = trainer(model, tmp_path, callbacks=callbacks, max_steps=3)
     with pytest.warns(RuntimeWarning, match="holds no schedule") as said:
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len([w for w in said if "slimfit_fx" in str(w.message)]) == 1

@@ -78,6 +78,39 @@ def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
     assert session.steps == 6 and len({opened for _, opened in session.gates.history}) > 2
 
 
+@pytest.mark.parametrize("kind", ["AdamW8bit", pytest.param("AdamW4bit", marks=pytest.mark.thorough)])
+def test_quantized_optimizer_state_of_closed_units_stands_still(kind):
+    """torchao's optimizers, whose state is a tensor of a kind of its own."""
+    optimizers = pytest.importorskip("torchao.optim")
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    model, session = optimized(model, freeze_rate=0.5)
+    optimizer = getattr(optimizers, kind)(model.parameters(), lr=1e-2)
+
+    def state(param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        plain = optimizer.state.get(param, {})
+        return {
+            key: v.dequantize() if "Opt" in type(v).__name__ else torch.as_tensor(v).clone() for key, v in plain.items()
+        }
+
+    for _ in range(6):
+        model(torch.randn(8, 64)).square().mean().backward()
+        before = {name: (param.detach().clone(), state(param)) for name, param in model.named_parameters()}
+        closed, opened = session.gates.closed, session.gates.open
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, param in model.named_parameters():
+            weight, earlier = before[name]
+            if name in closed:
+                assert torch.equal(weight, param)
+                assert all(torch.equal(value, earlier[key]) for key, value in state(param).items() if key in earlier)
+            elif name in opened:
+                assert not torch.equal(weight, param)
+    assert session.steps == 6 and session.recompiles == 0
+    weights = sum(param.numel() for param in model.parameters() if param.numel() >= 4096)
+    held = session.plan.optimizer_bytes
+    assert weights < held < 4 * weights, "two moments of at most a byte each, where fp32 takes eight"
+
+
 def test_a_resumed_optimizer_without_its_schedule_says_so():
     model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -1,7 +1,8 @@
 """The Hugging Face Trainer: ``Trainer(..., callbacks=[SlimFitCallback(freeze_rate=0.9)])``.
 
 The callback optimizes the model (unless that was done before), saves the schedule with every checkpoint, continues with
-it after ``resume_from_checkpoint``, and adds its numbers to what Trainer logs.
+it after ``resume_from_checkpoint``, and adds its numbers to what Trainer logs. A model that was optimized before it came
+to Trainer is attended to without a callback: ``attach`` puts one into all Trainers that are made from then on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -110,6 +112,56 @@ class SlimFitCallback(TrainerCallback, ExportableState):
             return
         self._session.load_state_dict(saved)
         self.saved = None
+
+
+class AttachedCallback(TrainerCallback):
+    """Does for a model that was optimized before what ``SlimFitCallback`` does; nothing for any other model.
+
+    Where there is a ``SlimFitCallback`` too, both write and read the same.
+    """
+
+    def __init__(self) -> None:
+        self._inner: SlimFitCallback | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the schedule of a checkpoint."""
+        model = kwargs.get("model")
+        self._inner = None if model is None or find_session(model) is None else SlimFitCallback()
+        if self._inner is not None:
+            self._inner.on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add our numbers to the logs of a training step."""
+        if self._inner is not None:
+            self._inner.on_log(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the schedule in the checkpoint that is about to be written."""
+        if control.should_save:
+            self._keep(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As at the end of a step."""
+        if control.should_save:
+            self._keep(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What was measured may be the best so far, and saved for that."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        if self._inner is not None and isinstance(state.stateful_callbacks, dict):
+            state.stateful_callbacks[SlimFitCallback.__name__] = self._inner.state()
+
+
+def attach() -> None:
+    """From now on Trainers attend to models that were optimized before, without a callback of the user's."""
+    if AttachedCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(AttachedCallback)
 
 
 def _saved_state(state: TrainerState) -> dict[str, Any] | None:

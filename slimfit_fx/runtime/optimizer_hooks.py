@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class StepListener(Protocol):
@@ -134,7 +135,15 @@ class OptimizerHooks:
             for v in state.values()
             if hasattr(v, "untyped_storage")
         ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(map(_held_bytes, tensors))
+
+
+def _held_bytes(tensor: Any) -> int:
+    """Bytes of its memory; a quantized state is a tensor of several parts, smaller than it seems."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_held_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    size: int = tensor.numel() * tensor.element_size()
+    return size
 
 
 def _params(optimizer: Optimizer) -> Iterator[Any]:
