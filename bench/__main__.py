@@ -17,6 +17,7 @@ COMMANDS = {
     "time": ("bench.time", "step time, compile time and recompiles of one model"),
     "peak": ("bench.peak", "predicted against measured peaks"),
     "budget": ("bench.budget", "accepted budgets against what steps then take"),
+    "lossless": ("bench.lossless", "recompute without loss against activation_memory_budget and checkpointing"),
     "schedule": ("bench.schedule", "what choosing the open units costs"),
     "sensitivity": ("bench.sensitivity", "error of each codec for each kind of value"),
     "plan-big": ("bench.plan_big", "time and host memory of planning big models"),

@@ -194,20 +194,18 @@ def _simplify(work: Work) -> int:
 
 
 def _plan(work: Work, settings: Settings) -> int:
-    def planner(level: str) -> Planner:
-        return Planner(
-            work.joint,
-            lambda n: n.meta.get(SERVES, frozenset()),
-            codec_for=settings.codec_for,
-            freeze_rate=settings.freeze_rate,
-            min_bytes=settings.min_bytes,
-            recompute_price=settings.recompute_price,
-            recompute=level,
-            why_milder=settings.why_milder,
-        )
-
     levels = settings.recompute
-    work.planning = planner(levels[0]).plan() if len(levels) == 1 else plan_paid(levels, planner)
+    planner = Planner(
+        work.joint,
+        lambda n: n.meta.get(SERVES, frozenset()),
+        codec_for=settings.codec_for,
+        freeze_rate=settings.freeze_rate,
+        min_bytes=settings.min_bytes,
+        recompute_price=settings.recompute_price,
+        recompute=levels[0],
+        why_milder=settings.why_milder,
+    )
+    work.planning = planner.plan() if len(levels) == 1 else plan_paid(levels, planner)
     return tag_cut(work.joint.module, work.planning)
 
 

@@ -9,7 +9,7 @@ memory to be saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimfit_fx.planning.planner import Planner, Planning
@@ -35,16 +35,16 @@ class Level:
     """Repeated blocks were found, so that no chain of recompute runs through the whole model."""
 
 
-def plan_level(name: str, planner: Planner) -> Level:
-    """What ``planner``, which works at the level called ``name``, comes to."""
+def plan_level(planner: Planner) -> Level:
+    """What ``planner`` comes to at its level."""
     planning = planner.plan()
     cut = planning.cut
     return Level(
-        name,
+        planner.recompute,
         planning,
         saved_bytes=math.inf if cut is None else sum(planner.save_cost(n) for n in cut.saved),
         again=0.0 if cut is None else sum(planner.chance(n) * node_flops(n) for n in cut.recomputed & planner.forward),
-        spared=sum((1.0 - planner.chance(n)) * node_flops(n) for n in planner.needed_backward()),
+        spared=sum((1.0 - planner.chance(n)) * node_flops(n) for n in planner.needed_backward),
         has_blocks=bool(planner.boundaries),
     )
 
@@ -62,9 +62,9 @@ def choose(found: Sequence[Level]) -> Level:
     return min(filter(is_paid, found), key=lambda level: level.saved_bytes)
 
 
-def plan_paid(names: Sequence[str], make_planner: Callable[[str], Planner]) -> Planning:
+def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note that says so."""
-    chosen = choose([plan_level(name, make_planner(name)) for name in names])
+    chosen = choose([plan_level(planner.at_level(name)) for name in names])
     note = f'recompute "auto": {chosen.name}'
     if chosen.again and chosen.spared:
         note += f", {chosen.again / chosen.spared:.0%} of the operations that closed units are expected to spare"

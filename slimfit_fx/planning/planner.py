@@ -6,6 +6,8 @@ all (a dynamic value of closed units is dropped), against a small price on runni
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -129,13 +131,30 @@ class Planner:
         }
         self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
         self.tainted = mask_tainted(joint.graph)
-        self.boundaries = set() if recompute == "cheap" else self._find_borders()
         self._decisions: dict[fx.Node, Decision] = {}
         self._chances: dict[fx.Node, float] = {}
 
+    def at_level(self, recompute: str) -> Planner:
+        """The same planner, with this to run again at most; what does not depend on it is shared."""
+        _ = self.borders, self.needed_backward
+        other = copy.copy(self)
+        other.recompute = recompute
+        return other
+
+    @property
+    def boundaries(self) -> frozenset[fx.Node]:
+        """Values that are saved whatever they cost."""
+        return frozenset() if self.recompute == "cheap" else self.borders
+
+    @functools.cached_property
+    def borders(self) -> frozenset[fx.Node]:
+        """What repeated blocks of the forward give to each other (borders.py)."""
+        read = {i for n in self.needed_backward for i in n.all_input_nodes}
+        return frozenset(find_borders(self.joint.graph, self.forward, read & self.forward))
+
     def plan(self) -> Planning:
         """The cheapest cut and what is done with each value in it."""
-        needed = self.needed_backward()
+        needed = self.needed_backward
         if not needed:
             return Planning(None, refusal="no gradient is computed in this graph")
         cut = minimum_cut(self.joint.graph, self.backward, needed, self.save_cost, self._recompute_price)
@@ -148,10 +167,7 @@ class Planner:
         )
         return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads)
 
-    def _find_borders(self) -> set[fx.Node]:
-        read = {i for n in self.needed_backward() for i in n.all_input_nodes}
-        return find_borders(self.joint.graph, self.forward, read & self.forward)
-
+    @functools.cached_property
     def needed_backward(self) -> set[fx.Node]:
         """Nodes only backward can run that some gradient depends on."""
         stack = [n for n in self.joint.grad_nodes() if isinstance(n, fx.Node) and n in self.backward]
