@@ -1,8 +1,8 @@
 """The Hugging Face Trainer: ``Trainer(..., callbacks=[SlimFitCallback(freeze_rate=0.9)])``.
 
 The callback optimizes the model (unless that was done before), saves the schedule with every checkpoint, continues
-with it after ``resume_from_checkpoint``, and adds its numbers to what Trainer logs. A model that was optimized before it
-came to Trainer is attended to without a callback: ``attach`` puts one into all Trainers that are made from then on.
+with it after ``resume_from_checkpoint``, and adds its numbers to what Trainer logs. A model that was optimized before
+it came to Trainer is attended to without a callback: ``attach`` puts one into all Trainers that are made from then on.
 """
 
 from __future__ import annotations
