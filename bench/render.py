@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import front, report, trainer
+from bench import front, report, sections, trainer
 from bench.cells import HOW, Cell
 from bench.headline import CAPS_GB, RIVALS, TASKS
 from bench.paper_table import (
@@ -124,15 +124,19 @@ def _source(how: str, dtype: str, device: str) -> str:
 
 def page(folder: Path) -> str:
     """Return docs/results.md."""
-    sections = [
+    told = [
         _twelve_section(folder),
         _errors_section(folder),
         _headline_section(folder),
         _trainer_section(folder),
         _front_section(folder),
         _compile_section(folder),
+        _peaks_section(folder),
+        sections.lossless_section(folder),
+        sections.prediction_section(folder),
+        sections.accuracy_section(folder),
     ]
-    return "\n\n".join([_INTRODUCTION, *filter(None, sections), _peaks_section(folder)]) + "\n"
+    return "\n\n".join([_INTRODUCTION, *filter(None, told)]) + "\n"
 
 
 _INTRODUCTION = """# Results

@@ -155,5 +155,5 @@ def machines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         where = machine.get("gpu", {}).get("name") or f"{machine['cpu']}, {machine['torch_threads']} threads"
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
         line = f"{where}; Python {machine['python']}, {versions}"
-        lines.setdefault(line, set()).add((row["commit"] or "no commit")[:10])
+        lines.setdefault(line, set()).add((row.get("commit") or "no commit")[:10])
     return [f"{line}; commit {', '.join(sorted(commits))}" for line, commits in sorted(lines.items())]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import front, paper_table, render, report
+from bench import front, lossless, paper_table, render, report, sections
 from bench.cells import Cell
 from bench.front import Point
 from bench.settings import TASKS
@@ -183,3 +183,64 @@ def test_a_front_is_published_as_data_and_picture(monkeypatch, tmp_path, folder,
     assert (folder / "front-bert-fp32-cpu.png").stat().st_size > 1000
     page = render.page(folder)
     assert "Rivals' points beyond ours: compile." in page and "predicted (throughput: roofline" in page
+
+
+# ---- the other sections
+
+
+def lossless_row(megabytes: float, ratio: float) -> dict[str, Any]:
+    return {"peak_bytes": int(megabytes * 1e6), "step_ratio": [ratio, ratio, ratio], "step_ms": 1e3 * ratio}
+
+
+def test_lossless_plans_are_held_against_every_setting_of_torch(folder):
+    found = {
+        "compile": lossless_row(1200, 1.0),
+        "activation-budget-0.5": lossless_row(900, 1.1),
+        "activation-budget-0.1": lossless_row(700, 1.3),
+        "exact-open": lossless_row(800, 0.99),
+        "exact-blocks-open": lossless_row(400, 1.25),
+    }
+    judged = {line[0]: line[1:] for line in lossless.verdicts(found)}
+    assert judged["compile / exact-open"] == [1.5, "> 1, no slower", "PASS"]
+    assert judged["activation-budget-0.1 / exact-blocks-open"][0] == 1.75
+    assert judged["torch's smallest peak / our smallest"][2] == "PASS"
+    slower = {**found, "exact-open": lossless_row(800, 1.05), "eager": lossless_row(1300, 1.0)}
+    judged = {line[0]: line[1:] for line in lossless.verdicts(slower)}
+    assert judged["compile / none of ours is as fast"][2] == "SHORT"
+    checkpointed = {**found, "checkpoint": lossless_row(500, 1.4), "max": lossless_row(200, 0.7)}
+    judged = {line[0]: line[1:] for line in lossless.verdicts({**checkpointed, "eager": lossless_row(1300, 1.0)})}
+    assert judged["step time max / checkpoint"][0] == 0.5 and judged["peak eager / max"][2] == "SHORT by 18.8%"
+    assert sections.lossless_section(folder) == ""
+    document = {"results": found, "machine": _MACHINE, "commit": None}
+    (folder / "lossless-a-model.json").write_text(json.dumps(document))
+    section = sections.lossless_section(folder)
+    assert "| `exact-blocks-open`" in section and "PASS" in section and section in render.page(folder)
+
+
+def test_what_is_measured_already_is_not_measured_again():
+    known = dict.fromkeys((*lossless.TORCH, *lossless.CHECKPOINT), {})
+    assert [name for group in lossless.groups(known) for name in group if name != "compile"] == [
+        "eager", *lossless.LOSSLESS, *lossless.FROZEN
+    ]  # fmt: skip
+    assert all(group[0] == "compile" for group in lossless.groups({}))
+
+
+def test_prediction_errors_and_budgets_are_told(folder):
+    assert sections.prediction_section(folder) == ""
+    steps = [{"predicted": 99, "measured": 100}, {"predicted": 100, "measured": 100}]
+    results = [{"name": "one case", "steps": steps}, {"name": "another", "error": "no"}]
+    known = {"results": results, "median_error": 0.005, "largest_error": 0.01, "above_bound": 0}
+    (folder / "peak-cpu.json").write_text(json.dumps({**known, "machine": _MACHINE, "commit": None}))
+    rows = [{"measured": 103, "budget": 100}, {"measured": 100, "budget": 100}]
+    (folder / "budget-cpu.json").write_text(json.dumps({"results": [{"name": "m", "rows": rows}]}))
+    section = sections.prediction_section(folder)
+    assert "-1.000" in section and "2 cases, 2 steps: median error 0.500%" in section
+    assert "2 random ones were accepted, in 1 models; 1 were exceeded by more than 1%" in section.replace("\n", " ")
+
+
+def test_accuracy_is_shown_for_the_tasks_that_have_cells(folder):
+    assert "Not run yet" in sections.accuracy_section(report.RESULTS) or "what must hold" in sections.accuracy_section(
+        report.RESULTS
+    )
+    (folder / "accuracy-cpu.jsonl").unlink(missing_ok=True)
+    assert sections.accuracy_section(folder) == ""

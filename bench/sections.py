@@ -1,0 +1,98 @@
+"""Sections of docs/results.md that are told by one kind of file each; empty where there is no file yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.accuracy import claims
+from bench.accuracy import table as accuracy_table
+from bench.accuracy.__main__ import CACHE
+from bench.accuracy.cells import QUICK_METHODS
+from bench.accuracy.store import Store
+from bench.accuracy.tasks import TASKS, named_tasks
+from bench.lossless import verdicts
+from bench.tasks import machines
+
+
+def lossless_section(folder: Path) -> str:
+    """Recompute without loss against torch's own, and ours against checkpointing."""
+    parts = []
+    for path in sorted(folder.glob("lossless-*.json")):
+        document = json.loads(path.read_text())
+        rows = [
+            [f"`{name}`", row["peak_bytes"] / 1e6, row["step_ratio"][1]]
+            for name, row in sorted(document["results"].items(), key=lambda pair: pair[1]["peak_bytes"])
+        ]
+        heads = [path.stem.removeprefix("lossless-"), "step peak MB", "step / torch.compile's"]
+        judged = [[f"`{what}`", *rest] for what, *rest in verdicts(document["results"])]
+        parts += [_table(rows, heads, ("", ".1f", ".3f")), _table(judged, ["", "ratio", "must be", ""], ("", ".3f"))]
+        parts += machines([document])
+    said = (
+        "`exact-...-open`: lossless, every gate open, so that only recompute saves memory; the same bits as plain\n"
+        "torch.compile. `activation-budget-X`: torch's `activation_memory_budget`. **Measured** on a CPU."
+    )
+    return "\n\n".join(["## Recompute without loss", said, *parts]) if parts else ""
+
+
+def prediction_section(folder: Path) -> str:
+    """Predicted against measured peaks, and budgets against what steps took."""
+    parts = []
+    for path in sorted(folder.glob("peak-*.json")):
+        document = json.loads(path.read_text())
+        rows = []
+        for result in document["results"]:
+            off = [step["predicted"] / step["measured"] - 1 for step in result.get("steps", ())]
+            most = max((step["measured"] for step in result.get("steps", ())), default=None)
+            worst = 100 * max(off, key=abs) if off else None
+            rows.append([result["name"], most and most / 1e6, worst])
+        parts.append(_table(rows, ["case", "largest peak MB", "largest error %"], ("", ".1f", "+.3f")))
+        steps = sum(len(result.get("steps", ())) for result in document["results"])
+        parts.append(
+            f"{len(rows)} cases, {steps} steps: median error {document['median_error']:.3%}, largest "
+            f"{document['largest_error']:.3%}; cases with a step above the bound of the worst choice of gates: "
+            f"{document['above_bound']}."
+        )
+        parts += machines([document])
+    for path in sorted(folder.glob("budget-*.json")):
+        document = json.loads(path.read_text())
+        kept = [row for result in document["results"] for row in result.get("rows", ())]
+        over = sum(row["measured"] > 1.01 * row["budget"] for row in kept)
+        failed = sum("error" in result for result in document["results"])
+        parts.append(
+            f"Budgets: {len(kept)} random ones were accepted, in {len(document['results'])} models; {over} were "
+            f"exceeded by more than 1%, {failed} models failed."
+        )
+    return "\n\n".join(["## Predicted against measured peaks", *parts]) if parts else ""
+
+
+def accuracy_section(folder: Path) -> str:
+    """The tables of ``bench accuracy --quick``, of the tasks that have finished cells."""
+    path = folder / "accuracy-cpu.jsonl"
+    if not path.exists():
+        return ""
+    store = Store(path)
+    tasks = named_tasks(list(TASKS), "quick", CACHE)
+    found = {task.name: claims.standings(store.rows_of(task.name, task.scale), task, QUICK_METHODS) for task in tasks}
+    begun = [task for task in tasks if found[task.name]]
+    if not begun:
+        return ""
+    parts = [f"```\n{accuracy_table.task_table(task, found[task.name])}\n```" for task in begun]
+    said = (
+        "`python -m bench accuracy --quick`: two seeds, little data, few steps; intervals of two seeds are wide. "
+        "**Measured** on a CPU.\nTasks and methods: [accuracy](accuracy.md)."
+    )
+    missing = [task.name for task in tasks if task not in begun]
+    rest = [f"Not run yet: {', '.join(missing)}."] if missing else [_block(claims.claims(found, tasks))]
+    return "\n\n".join(["## Accuracy", said, *parts, *rest])
+
+
+def _block(bounds: Any) -> str:
+    return f"```\n{accuracy_table.claims_table(bounds)}\n```"
+
+
+def _table(rows: list[list[Any]], heads: list[str], formats: tuple[str, ...]) -> str:
+    return str(tabulate(rows, headers=heads, tablefmt="github", floatfmt=formats, missingval="-"))
