@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from slimfit_fx.api import checked_settings
 from slimfit_fx.capture.fit import fits, judged_under
-from slimfit_fx.capture.partitioner import PlanTooLarge
+from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import (
     Budget,
@@ -25,7 +25,7 @@ from slimfit_fx.planning.budget import (
     format_bytes,
     held_alone,
 )
-from slimfit_fx.planning.rows import GraphPlan, MemoryPlan
+from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.planning.search import largest_batch
 from slimfit_fx.rehearsal import Rehearsal, known_step
 
@@ -132,7 +132,7 @@ class _Probes:
     def __post_init__(self) -> None:
         self.configs = candidates(self.config)
 
-    def takes(self, candidate: int, batch: int, gives_up: Callable[[GraphPlan], bool] | None = None) -> Judged:
+    def takes(self, candidate: int, batch: int, gives_up: GivesUp | None = None) -> Judged:
         key = (candidate, batch)
         if key not in self.known:
             config = self.configs[candidate]
@@ -143,7 +143,7 @@ class _Probes:
     def fits(self, candidate: int, batch: int, budget: Budget) -> bool:
         """Whether ``budget`` holds; no code is written if the saved values alone tell."""
         try:
-            judged = self.takes(candidate, batch, lambda plan: held_alone(plan, budget) > budget.limit)
+            judged = self.takes(candidate, batch, lambda _, plan: held_alone(plan, budget) > budget.limit)
         except PlanTooLarge:
             self.given_up.add((candidate, batch))
             return False

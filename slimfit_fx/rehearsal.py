@@ -15,13 +15,13 @@ from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
-from slimfit_fx.capture.partitioner import PlanReady, PlanTooLarge
+from slimfit_fx.capture.partitioner import GivesUp, PlanReady, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
 from slimfit_fx.planning.dry_run import GeneratedCode, trace_step
 from slimfit_fx.planning.peak import StepTrace
-from slimfit_fx.planning.rows import GraphPlan, MemoryPlan
+from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.planning.timeline import Timeline, read_timeline
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.schedule import Scheduler, UnitInfo, make_scheduler
@@ -73,7 +73,7 @@ class Rehearsal:
         *,
         peak: bool,
         budget: Budget | None = None,
-        gives_up: Callable[[GraphPlan], bool] | None = None,
+        gives_up: GivesUp | None = None,
     ) -> list[CapturedGraph]:
         """What is captured of a step under ``config``.
 

@@ -15,7 +15,7 @@ from torch import nn
 import slimfit_fx
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.capture.fit import Attempt, first_that_fits
-from slimfit_fx.capture.partitioner import PlanTooLarge
+from slimfit_fx.capture.partitioner import GatedPartitioner, PlanTooLarge
 from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import (
@@ -206,10 +206,20 @@ def test_the_choice_fits_and_a_smaller_budget_never_peaks_higher():
 @pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap_only")
-def test_the_smallest_budget_that_is_told_does_fit_and_plans_are_the_same_each_time():
+def test_the_smallest_budget_that_is_told_does_fit_and_plans_are_the_same_each_time(monkeypatch):
     model, batch, settings = Small(), small_batch(8, 16), {"preset": "balanced", "freeze_rate": 0.6}
+    partition, others = GatedPartitioner.__call__, []
+
+    def count(self, *args, **kwargs):
+        others.append(len(self.others))
+        return partition(self, *args, **kwargs)
+
+    monkeypatch.setattr(GatedPartitioner, "__call__", count)
     with pytest.raises(MemoryBudgetError, match=r"\((\d+) bytes\)") as error:
         slimfit_fx.plan(model, *batch, memory_budget=1000, **settings)
+    known = len(candidates(Config(memory_budget=1000, **settings)))
+    assert others[0] == known - 1 > 0, "what its saved bytes give away is planned on one and the same joint graph"
+    assert not any(others[1:]), "and what may be the smallest after all has its code written"
     smallest = error.value.smallest_bytes
     assert f"({smallest} bytes)" in str(error.value)
     found = slimfit_fx.plan(model, *batch, memory_budget=smallest, **settings)
@@ -247,13 +257,14 @@ def test_the_first_that_fits_is_taken_and_else_the_smallest_of_all(candidates_of
     total = {Config(seed=number): sum(sizes) for number, sizes in enumerate(candidates_of)}
     written = []
 
-    def attempt(config, gives_up):
-        row = PlanRow(0, "v", "", "mul", "float", False, (), (), "float32", "keep", None, "", 0, held[config], 0)
-        plan = GraphPlan((row,), (), ())
-        if gives_up is not None and gives_up(plan):
-            raise PlanTooLarge
-        written.append(config)
-        return Attempt(config, plan, (), TRACE, TRACE, Judged(config, 0, total[config]))
+    def attempt(configs, gives_up):
+        for config in configs:
+            row = PlanRow(0, "v", "", "mul", "float", False, (), (), "float32", "keep", None, "", 0, held[config], 0)
+            plan = GraphPlan((row,), (), ())
+            if gives_up is None or not gives_up(config, plan):
+                written.append(config)
+                return Attempt(config, plan, (), TRACE, TRACE, Judged(config, 0, total[config]))
+        raise PlanTooLarge
 
     budget = Budget(limit, 1, lambda: FixedBytes(0, 0, 0, 0))
     found, holds = first_that_fits(list(total), attempt, budget)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.capture.lower import add_gate_inputs, lower_with_inductor, lower_with_interpreter
-from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, PlanReady
+from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp, PlanReady
 from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
@@ -47,7 +47,7 @@ class SlimFitBackend:
     """With ``plan_only``: let Inductor write its code, too, so that the physical peak is known."""
     budget: InitVar[Budget | None] = None
     """What the steps of the model may take."""
-    gives_up: Callable[[GraphPlan], bool] | None = None
+    gives_up: GivesUp | None = None
     """Ends a rehearsal with ``PlanTooLarge`` when the plan of a graph tells enough."""
     _frames: set[int] = field(default_factory=set)
     _said: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from slimfit_fx.capture.partitioner import PlanTooLarge
+from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout, hint
 from slimfit_fx.planning.budget import Budget, Judged, held_alone, judge
@@ -53,8 +53,8 @@ def judged_under(config: Config, step: StepTrace, budget: Budget) -> Judged:
     return judge(config, step, budget.fixed(), budget.open_count, accumulates=budget.accumulates)
 
 
-AttemptMaker = Callable[[Config, Callable[[GraphPlan], bool] | None], Attempt]
-"""Plans one candidate; raises ``PlanTooLarge`` if what it is given says so of the plan alone."""
+AttemptMaker = Callable[[Sequence[Config], GivesUp | None], Attempt]
+"""Plans the first candidate of which it is not told to give it up; raises ``PlanTooLarge`` if there is none."""
 
 
 def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Budget) -> tuple[Attempt, bool]:
@@ -65,29 +65,30 @@ def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Bu
     """
     seen: list[Attempt] = []
     given_up: list[tuple[int, Config]] = []
-    for config in configs:
-        held: list[int] = []
+
+    def gives_up(config: Config, plan: GraphPlan) -> bool:
+        held = held_alone(plan, budget)
+        if held > budget.limit:
+            log.info("budget: %s holds %d bytes between forward and backward alone", config.label, held)
+            given_up.append((held, config))
+        return held > budget.limit
+
+    left = list(configs)
+    while left:
         try:
-            found = attempt(config, lambda plan, held=held: _exceeds(plan, budget, held))  # type: ignore[misc]
+            found = attempt(left, gives_up)
         except PlanTooLarge:
-            log.info("budget: %s holds %d bytes between forward and backward alone", config.label, held[-1])
-            given_up.append((held[-1], config))
-            continue
-        log.info("budget: %s takes %d bytes", config.label, found.judged.total_bytes)
+            break
+        log.info("budget: %s takes %d bytes", found.config.label, found.judged.total_bytes)
         seen.append(found)
         if fits(found.judged, budget):
             return found, True
+        left = left[left.index(found.config) + 1 :]
     for least, config in sorted(given_up, key=lambda pair: pair[0]):
         if all(least < known.judged.total_bytes for known in seen):
-            seen.append(attempt(config, None))
+            seen.append(attempt([config], None))
             log.info("budget: %s takes %d bytes", config.label, seen[-1].judged.total_bytes)
     return min(seen, key=lambda a: a.judged.total_bytes), False
-
-
-def _exceeds(plan: GraphPlan, budget: Budget, held: list[int]) -> bool:
-    """Whether ``plan`` is too much already; ``held`` receives what it holds."""
-    held.append(held_alone(plan, budget))
-    return held[-1] > budget.limit
 
 
 def trace_at(

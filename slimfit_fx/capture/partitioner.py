@@ -33,6 +33,9 @@ from slimfit_fx.planning.rows import GraphPlan
 
 log = logging.getLogger("slimfit_fx.capture")
 
+GivesUp = Callable[[Config, GraphPlan], bool]
+"""Told of a plan before any code is written: whether it is not worth more."""
+
 PLAN_SINK: contextvars.ContextVar[list[GraphPlan] | None] = contextvars.ContextVar("slimfit_fx_plan_sink", default=None)
 """Where the plan of the graph being compiled goes; for display only, nothing at run time reads it."""
 
@@ -62,8 +65,12 @@ class GatedPartitioner(CustomPartitionerFn):
     config: Config
     layout: GateLayout
     plan_only: bool = False
-    gives_up: Callable[[GraphPlan], bool] | None = field(default=None, compare=False, repr=False)
-    """Ends a compile that was started for its peak, if the plan alone tells enough."""
+    gives_up: GivesUp | None = field(default=None, compare=False, repr=False)
+    """Whether the plan alone tells enough, in a compile that was started for its peak."""
+    others: tuple[Config, ...] = ()
+    """What is tried instead on the same joint graph, in this order, when ``gives_up`` says so of those before."""
+    taken: list[Config] = field(default_factory=list, compare=False, repr=False)
+    """Receives the settings that the graph was partitioned by."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Enter cache keys, which pickle Inductor's whole configuration, as the ``uuid`` and nothing else."""
@@ -77,20 +84,33 @@ class GatedPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any | None:
         """Everything that decides what the partition looks like."""
-        if self.plan_only:
+        if self.plan_only or self.others:
             return None
         return f"slimfit_fx:{source_hash()}:{self.config.fingerprint()}:{self.layout!r}:{torch.__version__}"
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Split ``gm``; ``kwargs`` are what Inductor hands to every partitioner."""
-        forward, backward, plan = partition_joint(gm, joint_inputs, self.config, self.layout, kwargs)
+        """Split ``gm``; ``kwargs`` are what Inductor hands to every partitioner.
+
+        Raises:
+            PlanTooLarge: every plan was given up.
+            PlanReady: with ``plan_only``.
+        """
+        compared = _saved_by_torch(_copy_module(gm), joint_inputs, kwargs)
+        tried = (self.config, *self.others)
+        for number, config in enumerate(tried, 1):
+            module = gm if number == len(tried) else _copy_module(gm)
+            forward, backward, found = partition_joint(module, joint_inputs, config, self.layout, kwargs)
+            plan = dataclasses.replace(found, torch_compile_saved=compared)
+            if self.gives_up is None or not self.gives_up(config, plan):
+                break
+        else:
+            raise PlanTooLarge
+        self.taken.append(config)
         sink = PLAN_SINK.get()
         if sink is not None:
             sink.append(plan)
-        if self.gives_up is not None and self.gives_up(plan):
-            raise PlanTooLarge
         if self.plan_only:
             raise PlanReady
         return forward, backward
@@ -108,7 +128,6 @@ def partition_joint(
     Every parameter then gets its full gradient from the graph; closed units still drop theirs at run time.
     """
     pristine = _copy_module(module)
-    compared = _saved_by_torch(_copy_module(module), joint_inputs, partitioner_args)
     try:
         forward, backward, plan = run_pipeline(
             module, joint_inputs, layout=layout, settings=settings_of(config), partitioner_args=partitioner_args
@@ -123,7 +142,7 @@ def partition_joint(
         )
         forward, backward = min_cut_rematerialization_partition(pristine, joint_inputs, **partitioner_args)
         plan = GraphPlan((), tuple((f"gate {g}", reason) for g in range(len(layout.params))), (), None, reason)
-    return forward, backward, dataclasses.replace(plan, torch_compile_saved=compared)
+    return forward, backward, plan
 
 
 def settings_of(config: Config) -> Settings:

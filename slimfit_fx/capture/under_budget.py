@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.fit import Attempt, PlanOutgrown, SizeWatch, first_that_fits, fits, judged_under, trace_at
-from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner
+from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, Judged, MemoryBudgetError, candidates, describe_excess, explain
@@ -60,8 +60,10 @@ class UnderBudget:
             MemoryBudgetError: none does, and the model was not planned before.
         """
 
-        def attempt(config: Config, gives_up: Callable[[GraphPlan], bool] | None) -> Attempt:
-            return self._attempt(GatedPartitioner(config, layout, gives_up=gives_up), captured, write_code)
+        def attempt(configs: Sequence[Config], gives_up: GivesUp | None) -> Attempt:
+            first, *others = configs if gives_up is not None else configs[:1]
+            partitioner = GatedPartitioner(first, layout, gives_up=gives_up, others=tuple(others))
+            return self._attempt(partitioner, captured, write_code)
 
         found, holds = first_that_fits(candidates(self.config)[self.floor :], attempt, self.budget)
         if not holds:
@@ -79,7 +81,7 @@ class UnderBudget:
         return found.config
 
     def _attempt(self, partitioner: GatedPartitioner, captured: CapturedGraph, write_code: WriteCode) -> Attempt:
-        """Write the code of one candidate and run it dry."""
+        """Write the code of one candidate, of which the partitioner knows, and run it dry."""
         plans: list[GraphPlan] = []
         token = PLAN_SINK.set(plans)
         codes: list[StepCode] = []
@@ -92,10 +94,10 @@ class UnderBudget:
         step = trace if isinstance(trace, str) else self._step_with(captured, trace)
         if isinstance(trace, str) or isinstance(step, str):
             raise MemoryBudgetError(f"memory_budget cannot be promised: {step}")
-        judged = judged_under(partitioner.config, step, self.budget)
-        return Attempt(
-            partitioner.config, plans[-1], tuple(c for c in codes if isinstance(c, GeneratedCode)), trace, step, judged
-        )
+        config = partitioner.taken[-1]
+        judged = judged_under(config, step, self.budget)
+        written = tuple(c for c in codes if isinstance(c, GeneratedCode))
+        return Attempt(config, plans[-1], written, trace, step, judged)
 
     def _step_with(self, captured: CapturedGraph, trace: StepTrace) -> StepTrace | str:
         """The events of a step through the other graphs, at the largest sizes they had so far, and this one."""
