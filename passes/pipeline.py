@@ -15,6 +15,7 @@ from torch import fx
 
 from slimfit_fx.codecs import Codec
 from slimfit_fx.graph.joint import GateLayout, JointGraph, read_joint
+from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
 from slimfit_fx.passes.find_cones import ConePlan, find_cones
 from slimfit_fx.passes.hold_recompute import hold_recompute
@@ -98,6 +99,8 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         Pass("insert_gates", "gated", lambda w: _gate(w, settings)),
         # every earlier pass may place nodes where it is convenient
         Pass("sink_backward", "gated", lambda w: sink_backward(w.pair().backward)),
+        # what stands between a product and its reader is known now
+        Pass("delay_products", "gated", lambda w: delay_products(w.pair().backward)),
         # on the final order, so that each decode waits for what really comes before it
         Pass("hold_recompute", "gated", lambda w: hold_recompute(w.pair().backward, holdable_placeholders(w.pair()))),
         # while every value still has its node
@@ -115,6 +118,7 @@ def pass_names() -> tuple[str, ...]:
         "insert_codecs",
         "insert_gates",
         "sink_backward",
+        "delay_products",
         "hold_recompute",
         "outline_repeats",
     )

@@ -23,7 +23,7 @@ def sink_backward(backward: fx.GraphModule) -> int:
     """
     graph = backward.graph
     before = list(graph.nodes)
-    if any(_writes(node) for node in before):
+    if any(writes(node) for node in before):
         return 0
     fed = tangent_fed(graph)
     movable = {n for n in before if n.users and n not in fed and _may_move(n)}
@@ -39,7 +39,8 @@ def sink_backward(backward: fx.GraphModule) -> int:
     return moved
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` changes memory that it is given."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
 

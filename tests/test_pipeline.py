@@ -37,6 +37,7 @@ def test_the_order_of_the_passes():
         ("insert_codecs", "compressed", False),
         ("insert_gates", "gated", False),
         ("sink_backward", "gated", False),
+        ("delay_products", "gated", False),
         ("hold_recompute", "gated", False),
         ("describe_plan", "gated", True),
         ("outline_repeats", "outlined", False),
@@ -84,7 +85,7 @@ def test_without_all_of_them_gradients_are_the_same_bits():
 
 @pytest.mark.parametrize("name", ["split_joint", "no_such_pass"])
 def test_what_is_needed_or_unknown_cannot_be_switched_off(name):
-    legal = r"disabled_passes: a name must be one of \['hold_recompute', 'insert_codecs', .*\]"
+    legal = r"disabled_passes: a name must be one of \['delay_products', 'hold_recompute', .*\]"
     with pytest.raises(ValueError, match=f"{legal}, got '{name}'"):
         slimfit_fx.optimize(Tiny(depth=1), disabled_passes=("sink_backward", name))
 
@@ -133,7 +134,7 @@ DAMAGES = {
     ),
     "hold_recompute": (
         lambda work: misorder(work.pair().backward.graph),
-        r"after pass hold_recompute \(before it: .*, sink_backward\): illegal gated graph: backward graph does not",
+        r"after pass hold_recompute \(before it: .*, delay_products\): illegal gated graph: backward graph does not",
     ),
 }
 

@@ -16,7 +16,14 @@ from slimfit_fx.config import RECOMPUTE
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs
 from slimfit_fx.passes.liveness import SERVES
 
-REWRITES = ("simplify_joint", "insert_codecs", "insert_gates", "sink_backward", "hold_recompute")
+REWRITES = (
+    "simplify_joint",
+    "insert_codecs",
+    "insert_gates",
+    "sink_backward",
+    "delay_products",
+    "hold_recompute",
+)
 """Passes that change graphs. The others tag, decide, or make new graphs (split_joint)."""
 
 

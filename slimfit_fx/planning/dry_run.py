@@ -31,6 +31,8 @@ from slimfit_fx.planning.stand_ins import DryRun, StandIn
 Wrapper = Callable[[list[Any]], Sequence[Any]]
 _FREES_TANGENTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Whether AOTAutograd lets go of gradients from outside while backward runs. That of a loss is held by the caller."""
+_LAST_GRADIENT_FIRST = _FREES_TANGENTS
+"""Whether what holds the gradients last when they are dropped is a tuple of Python's, which begins at its end."""
 _OPEN_BRANCH = re.compile(r"(?:^|_)cone_\w*_open$")
 
 
@@ -152,15 +154,15 @@ def _as_backward_takes_them(saved: Sequence[Any], names: Sequence[str], meter: M
 def _drop_closed(grads: Sequence[Any], layout: GateLayout, meter: Meter) -> None:
     """Gradients that are computed whether or not their gate is open are dropped behind backward if it is closed.
 
-    In the order in which Python lets go of the tuple that holds them (runtime/grad_gate.py).
+    In the order in which the engine lets go of what holds them (runtime/grad_gate.py).
     """
     blocks = [grad.block if isinstance(grad, StandIn) else None for grad in grads]
     gates = layout.gate_of_param
-    for gate, params in reversed(list(enumerate(layout.params))):
-        for block in (blocks[param] for param in reversed(params)):
-            readers = {gates.get(i) for i, other in enumerate(blocks) if other is block}
-            if block is not None and not block.owners and readers == {gate}:
-                meter.release_unless_open(block, gate)
+    dropped = [(gate, blocks[param]) for gate, params in enumerate(layout.params) for param in params]
+    for gate, block in reversed(dropped) if _LAST_GRADIENT_FIRST else dropped:
+        readers = {gates.get(i) for i, other in enumerate(blocks) if other is block}
+        if block is not None and not block.owners and readers == {gate}:
+            meter.release_unless_open(block, gate)
 
 
 def _accumulate(grads: list[Any], inputs: Sequence[TensorSpec | int | None], run: DryRun) -> None:
