@@ -8,8 +8,8 @@
 
 Autograd computes the gradient of a layer's input before that of its weight, so that the widest values of a layer (of a
 feed-forward block: its gradient, what is decoded or recomputed for it, and what the weight's gradient is made of) are
-all there at once. A product is moved only if what it reads and is kept longer for it is no larger than what it makes, and
-than what is made right behind it: then no moment of the step takes more than before. Moves nodes only.
+all there at once. A product is moved only if what it reads and is kept longer for it is no larger than what it makes,
+and than what is made right behind it: then no moment of the step takes more than before. Moves nodes only.
 """
 
 from __future__ import annotations
