@@ -252,7 +252,7 @@ def test_every_command_about_a_model_has_the_same_options():
 def test_front_for_real(tmp_path, monkeypatch):
     """Fewer points than a user gets: each is a dry run."""
     monkeypatch.setattr("slimfit_fx.tradeoff.RECOMPUTE", ("cheap",))
-    monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "presets", ("exact", "max"))
+    monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "presets", ("max",))
     monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "shares", (0.5,))
     config = transformers.BertConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=100
@@ -263,7 +263,7 @@ def test_front_for_real(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     names = {point["name"] for point in found["points"]}
-    assert {"preset exact", "preset max", "torch.compile"} <= names and found["freeze_rate"] == 0.9
+    assert {"preset exact, nothing frozen", "preset max", "torch.compile"} <= names and found["freeze_rate"] == 0.9
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 

@@ -139,8 +139,11 @@ class OptimizerHooks:
 
 
 def _held_bytes(tensor: Any) -> int:
-    """Bytes of its memory; a quantized state is a tensor of several parts, smaller than it seems."""
-    if is_traceable_wrapper_subclass(tensor):
+    """Bytes of its memory; a quantized state is a tensor of several parts, smaller than it seems.
+
+    A shard counts as the whole that it is of, as parameters do.
+    """
+    if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "to_local"):
         return sum(_held_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
     size: int = tensor.numel() * tensor.element_size()
     return size
