@@ -227,8 +227,20 @@ def _callable(rival: Rival, model: nn.Module, settings: Settings) -> Callable[..
         return slimfit_fx.optimize(model, config_of(rival, settings))
     if not rival.compiled:
         return model
-    compiled: Callable[..., Any] = torch.compile(model)
+    compiled = _compiled(model)
     return compiled if rival.activation_budget is None else _saving(compiled, rival.activation_budget)
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    """torch.compile of ``model``, which shares nothing with what was compiled before of its class.
+
+    Else a second model of one process runs the graph of the first, whatever settings it was to be compiled with.
+    """
+    from slimfit_fx.rehearsal import CAN_ISOLATE, traceable
+
+    own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+    compiled: Callable[..., Any] = torch.compile(traceable(model), **own)
+    return compiled
 
 
 def _saving(compiled: Callable[..., Any], share: float) -> Callable[..., Any]:

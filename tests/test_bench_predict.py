@@ -9,7 +9,7 @@ import pytest
 from bench import cells, headline, smoke
 from bench.cells import Cell
 from bench.measure import step_peak
-from bench.memory import bounds_of
+from bench.memory import bounds_of, measure_step
 from bench.models import Case, make_case
 from bench.predict import predict
 from bench.rivals import Settings, make_trainee
@@ -131,3 +131,16 @@ def test_the_guard_fails_where_a_bound_is_missed(monkeypatch, capsys, peak, stat
     monkeypatch.setattr(smoke, "read_off", read_off)
     assert smoke.main([]) == status
     assert ("SHORT" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.mark.thorough
+@pytest.mark.inductor
+def test_rivals_of_one_process_do_not_run_each_others_graphs():
+    case = make_case("bert", layers=2, width=64, heads=2, vocab=300, batch=8, length=64)
+    saved = {}
+    for name in ("compile", "activation-budget-0.5", "activation-budget-0.1"):
+        trainee = make_trainee(name, case, Settings())
+        trainee.step()
+        trainee.clear()
+        saved[name] = measure_step(trainee, timeline=False)[0]["saved_bytes"]
+    assert saved["compile"] > saved["activation-budget-0.5"] > saved["activation-budget-0.1"]
