@@ -55,6 +55,11 @@ def names(nodes: Collection[fx.Node]) -> set[str]:
     return {node.name for node in nodes}
 
 
+def order(module: fx.GraphModule) -> list[str]:
+    """Names of what is called, as it runs."""
+    return [n.name for n in module.graph.nodes if n.op == "call_function"]
+
+
 def calls(graph: fx.Graph, op: Callable[..., Any]) -> list[fx.Node]:
     """The calls of one operator, in order."""
     return graph.find_nodes(op="call_function", target=op)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from effort import examples
-from graphs import ATEN, Sketch, run_pair, stopped_after, unequal, watching
+from graphs import ATEN, Sketch, order, run_pair, stopped_after, unequal, watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import optimized
@@ -23,10 +23,6 @@ from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.stand_ins import DryRun
 
 NEG, MUL, MM, EXP, T = ATEN.neg.default, ATEN.mul.Tensor, ATEN.mm.default, ATEN.exp.default, ATEN.t.default
-
-
-def order(module: fx.GraphModule) -> list[str]:
-    return [n.name for n in module.graph.nodes if n.op == "call_function"]
 
 
 def feed_forward(*, wide: int = 64, view: bool = False) -> fx.GraphModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import ATEN, Bench, Chain, Sketch, chain_input, run_pair, stopped_after, unequal, values
+from graphs import ATEN, Bench, Chain, Sketch, chain_input, order, run_pair, stopped_after, unequal, values
 from small_models import Tiny, tokens
 from torch import fx
 
@@ -13,10 +13,6 @@ from slimfit_fx.passes.find_cones import tangent_fed
 from slimfit_fx.passes.sink_backward import sink_backward
 
 NEG, MUL, MM, EXP = ATEN.neg.default, ATEN.mul.Tensor, ATEN.mm.default, ATEN.exp.default
-
-
-def order(module: fx.GraphModule) -> list[str]:
-    return [n.name for n in module.graph.nodes if n.op == "call_function"]
 
 
 def early() -> fx.GraphModule:
