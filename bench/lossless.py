@@ -44,6 +44,8 @@ def work(options: argparse.Namespace) -> None:
             trainee.step()
             found[name] = _peaks(trainee, options.steps)
         except Exception as error:  # one rival that cannot run must not take the others with it
+            if name == REFERENCE:
+                raise
             found[name] = {"error": f"{type(error).__name__}: {error}"}
             continue
         trainees.append(trainee)

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-import slimfit_fx
 from bench.memory import bound_lines, bounds_of, measure_rival, peak_table
 from bench.models import Case, build_model, make_batch, make_case
 from bench.report import Bound
-from bench.rivals import Settings, make_trainee, preset_of
+from bench.rivals import Settings, config_of, make_trainee, preset_of, rival_of
 from bench.time import noted_compiles
 from slimfit_fx.api import checked_settings
 from slimfit_fx.capture.captured import step_trace
@@ -65,13 +64,12 @@ def read_off(name: str, case: Case, settings: Settings, opened: Sequence[frozens
     """
     torch._dynamo.reset()
     gc.collect()
-    preset, model, batch = preset_of(name), build_model(case), make_batch(case)
-    config = slimfit_fx.Config(preset=preset or "exact", freeze_rate=settings.freeze_rate, scheduler=settings.scheduler)
-    chosen, (units, _) = checked_settings(model, config, {}, plan_only=True)
+    rival, model, batch = rival_of(name), build_model(case), make_batch(case)
+    chosen, (units, _) = checked_settings(model, config_of(rival, settings), {}, plan_only=True)
     rehearsal = Rehearsal(model, units, faked=True)
     traced = (
         (rehearsal.plain_trace((), batch), ())
-        if preset is None
+        if rival.preset is None
         else step_trace(rehearsal.graphs(chosen, (), batch, peak=True))
     )
     if isinstance(traced, str) or traced[0] is None:

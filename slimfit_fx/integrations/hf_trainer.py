@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -160,8 +159,10 @@ class AttachedCallback(TrainerCallback):
 
 def attach() -> None:
     """From now on Trainers attend to models that were optimized before, without a callback of the user's."""
-    if AttachedCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(AttachedCallback)
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    if AttachedCallback not in DEFAULT_CALLBACKS:
+        DEFAULT_CALLBACKS.append(AttachedCallback)
 
 
 def _saved_state(state: TrainerState) -> dict[str, Any] | None:
