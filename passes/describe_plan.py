@@ -34,7 +34,7 @@ def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout
     rows = [r for r in rows if r.kind not in ("gate", "input")]
     if planning is not None and planning.cut is not None:
         rows += [_recomputed_row(n) for n in planning.recomputed_reads if _is_worth_a_row(n)]
-    gated = tuple(sorted({c.gate for c in cones.cones}))
+    gated = tuple(sorted({gate for cone in cones.cones if cone.output is not None for gate in cone.gates}))
     missing = tuple((f"gate {g}", _why_missing(cones, g)) for g in range(len(layout.params)) if g not in gated)
     refusals = tuple(cones.refusals) + missing
     if planning is not None and planning.refusal:

@@ -5,9 +5,9 @@ Every node gets a *home*: the main graph, or the cones that need it. From the gr
 - needed by the main graph              -> main; a cheap one that no tangent reaches (decode, recompute) is cloned into
                                            the cones that read it too, so that it stays fused there
 - needed by one cone only               -> that cone, whatever it costs
-- needed by several cones, cheap        -> cloned into each of them, into four at most if a tangent reaches it (a cone
-                                           on the OR of their gates, without a barrier)
-- needed by several, expensive or many  -> main, with the reason
+- needed by several cones, cheap        -> cloned into each of them, into four at most if a tangent reaches it
+- needed by several, expensive          -> a cone of its own on the OR of their gates, which they read: cones nest
+- the same, but it can end no branch, or the gates are more than four -> main, with the reason
 
 Analysis only: returns a ``ConePlan``; insert_gates.py acts on it.
 """
@@ -20,24 +20,25 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from slimfit_fx.graph import ops
-from slimfit_fx.graph.joint import STATIC
+from slimfit_fx.graph.joint import STATIC, nbytes
 from slimfit_fx.planning.planner import MAX_GATES_PER_CONE
 
 MAIN = -1
 CONE = "slimfit_cone"
-"""Marks a branch and the gradient that comes out of it, with its gate."""
+"""Marks a branch and what comes out of it, with its gates."""
 
 
 @dataclass
 class Cone:
-    """One conditional region: gradient output ``output`` of gate ``gate``.
+    """One conditional region: it runs if one of ``gates`` is open, and returns ``results``.
 
+    ``output`` is the place of that gradient among the results of backward; None for values that other cones read.
     ``nodes`` in graph order; ``operands`` come from outside.
     """
 
-    output: int
-    gate: int
-    root: fx.Node
+    output: int | None
+    gates: frozenset[int]
+    results: tuple[fx.Node, ...]
     nodes: list[fx.Node]
     operands: list[fx.Node]
 
@@ -46,8 +47,8 @@ class Cone:
 class ConePlan:
     """What to do to a pair of graphs.
 
-    ``cones`` to build; ``stashes``: saved placeholder -> gates that need it; ``refusals``: (what, why it stays in the
-    main graph); ``ungated``: gate -> why a gradient of it is in no cone.
+    ``cones`` to build, each behind those that it reads; ``stashes``: saved placeholder -> gates that need it;
+    ``refusals``: (what, why it stays in the main graph); ``ungated``: gate -> why a gradient of it is in no cone.
     """
 
     cones: list[Cone] = field(default_factory=list)
@@ -69,20 +70,39 @@ def find_cones(backward: fx.Graph, gates: Sequence[int], saved: Sequence[fx.Node
     outputs = list(backward.output_node().args[0])  # type: ignore[arg-type]
     plan = ConePlan()
     roots = _cone_roots(outputs, gates, plan)
-    homes, clones = _assign_homes(backward, outputs, roots, plan)
-    for index, root in roots.items():
-        members = [n for n in backward.nodes if index in homes.get(n, ()) or index in clones.get(n, ())]
-        if not ops.is_getitem(root) and any(_has_any_layout(n) for n in (*members, *_operands(members))):
-            reason = "it is made from the gradient of a convolution, whose layout the compiler picks"
-            plan.refuse_root(root, gates[index], reason)
-            continue
-        if _is_worth_a_branch(members, root):
-            plan.cones.append(Cone(index, gates[index], root, members, _operands(members)))
-        else:
-            reason = "its gradient costs nothing of its own: only views of values that are needed anyway"
-            plan.refuse_root(root, gates[index], reason)
+    barred: set[fx.Node] = set()
+    while True:
+        homes = _Homes(backward, outputs, {index: (root, gates[index]) for index, root in roots.items()}, barred)
+        members = homes.members()
+        unfit = {index: why for index in homes.roots if (why := _refuse_cone(homes.roots[index], members[index]))}
+        if not unfit:
+            break
+        for index, reason in unfit.items():  # whose nodes, and those they read, are needed in any case
+            if index in roots:
+                plan.refuse_root(roots.pop(index), gates[index], reason)
+            else:
+                barred.add(homes.roots[index])
+    plan.refusals += homes.refusals
+    for index in sorted(homes.roots, key=homes.order):
+        nodes = members[index]
+        output = index if index in roots else None
+        results = _results(homes.roots[index])
+        plan.cones.append(Cone(output, homes.gates[index], results, nodes, _operands(nodes)))
     _plan_stashes(plan, backward, saved, min_bytes)
     return plan
+
+
+def _results(root: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors that a cone returns: ``root``, or what is read of its results."""
+    return (root,) if ops.is_tensor(root) else tuple(element for element in root.users if element.users)
+
+
+def _refuse_cone(root: fx.Node, members: Sequence[fx.Node]) -> str | None:
+    if not ops.is_getitem(root) and any(_has_any_layout(n) for n in (*members, *_operands(members))):
+        return "it is made from the gradient of a convolution, whose layout the compiler picks"
+    if not _is_worth_a_branch(members, root):
+        return "its gradient costs nothing of its own: only views of values that are needed anyway"
+    return None
 
 
 def _has_any_layout(node: fx.Node) -> bool:
@@ -120,26 +140,108 @@ def _refuse_root(node: fx.Node, outputs: Sequence[fx.Node | None]) -> str | None
     return None
 
 
-Homes = dict[fx.Node, frozenset[int]]
+class _Homes:
+    """Where each node lives: ``home[n]`` is the main graph or cones; ``clones[n]`` are cones that hold one more of it.
+
+    ``roots[i]`` is what cone ``i`` is there for and ``gates[i]`` what opens it: gradients by their place among the
+    results, then operators whose result, or results, several cones read. Nodes in ``barred`` are none of the latter.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        outputs: Sequence[fx.Node | None],
+        gradients: dict[int, tuple[fx.Node, int]],
+        barred: set[fx.Node],
+    ) -> None:
+        self.graph, self._barred, self._fed = graph, barred, tangent_fed(graph)
+        self.roots = {index: root for index, (root, _) in gradients.items()}
+        self.gates = {index: frozenset([gate]) for index, (_, gate) in gradients.items()}
+        self.refusals: list[tuple[str, str]] = []
+        self._first_shared = len(outputs)
+        self._shared: dict[fx.Node, int] = {}
+        self.home: dict[fx.Node, frozenset[int]] = {}
+        self.clones: dict[fx.Node, frozenset[int]] = {}
+        root_of = {root: index for index, root in self.roots.items()}
+        for node in reversed(graph.nodes):
+            if node in root_of:
+                self.home[node] = frozenset([root_of[node]])
+            elif node.op != "output":
+                self.home[node], self.clones[node] = self._place(node, self._wanted(node))
+
+    def members(self) -> dict[int, list[fx.Node]]:
+        """The nodes of each cone, in graph order."""
+        found: dict[int, list[fx.Node]] = {index: [] for index in self.roots}
+        for node in self.graph.nodes:
+            for index in (self.home.get(node, frozenset()) | self.clones.get(node, frozenset())) - {MAIN}:
+                found[index].append(node)
+        return found
+
+    def order(self, index: int) -> tuple[bool, int]:
+        """Sorts cones behind those that they read: what is shared was found from its readers on."""
+        shared = index >= self._first_shared
+        return not shared, -index if shared else index
+
+    def _wanted(self, node: fx.Node) -> frozenset[int]:
+        places = [self.home.get(u, frozenset([MAIN])) | self.clones.get(u, frozenset()) for u in _readers(node)]
+        return frozenset().union(*places)
+
+    def _place(self, node: fx.Node, wanted: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """(home, clones) of a node that these cones, or the main graph, want."""
+        cones = wanted - {MAIN}
+        if node.op != "call_function" or not wanted:
+            return frozenset([MAIN]), frozenset()
+        maker = node.args[0] if ops.is_getitem(node) and isinstance(node.args[0], fx.Node) else node
+        cheap, fed = ops.is_cheap(maker), node in self._fed
+        if MAIN in wanted:
+            movable = cheap and (ops.is_view(maker) or not fed)
+            return frozenset([MAIN]), cones if movable and not _must_stay(node) else frozenset()
+        if _must_stay(node):
+            return frozenset([MAIN]), frozenset()
+        if len(cones) == 1:
+            return cones, frozenset()
+        opening = frozenset().union(*(self.gates[cone] for cone in cones))
+        why_not = self._refuse_sharing(maker, node, len(opening))
+        few = len(cones) <= MAX_GATES_PER_CONE
+        if cheap and (not fed or (few and not (why_not is None and self._gathers(node)))):
+            return cones, frozenset()
+        if why_not is None:
+            return frozenset([self._share(maker, opening)]), frozenset()
+        self.refusals.append((node.name, f"serves {len(opening)} units at once: {why_not}"))
+        return frozenset([MAIN]), frozenset(cones) if ops.is_view(node) else frozenset()
+
+    def _share(self, node: fx.Node, opening: frozenset[int]) -> int:
+        """The cone that is there for ``node``, on the OR of the gates ``opening``; elements of a tuple share one."""
+        if node not in self._shared:
+            index = self._shared[node] = self._first_shared + len(self._shared)
+            self.roots[index], self.gates[index] = node, opening
+        return self._shared[node]
+
+    def _refuse_sharing(self, maker: fx.Node, node: fx.Node, units: int) -> str | None:
+        if units > MAX_GATES_PER_CONE:
+            return f"more than {MAX_GATES_PER_CONE} are hardly ever all closed"
+        if maker in self._barred:
+            return "it can end no branch"
+        if ops.is_view(node) or ops.is_view(maker):
+            return "it is a view"
+        if not ops.is_tensor(node):
+            return "it is no tensor"
+        if any(not isinstance(s, int) for s in node.meta["val"].shape):
+            return "it has a symbolic shape"
+        return None
+
+    def _gathers(self, node: fx.Node) -> bool:
+        """Whether only ``node`` reads some product, and is no larger: one value is handed on in place of several."""
+        products = [_behind_views(i, node) for i in node.all_input_nodes]
+        sizes = [nbytes(p) for p in products if p is not None and p in self._fed and not ops.is_cheap(p)]
+        return not ops.is_view(node) and bool(sizes) and nbytes(node) <= sum(sizes)
 
 
-def _assign_homes(
-    graph: fx.Graph, outputs: Sequence[fx.Node | None], roots: dict[int, fx.Node], plan: ConePlan
-) -> tuple[Homes, Homes]:
-    """(home of every node, cones that hold a clone of a node whose home is the main graph)."""
-    fed = tangent_fed(graph)
-    root_of = {node: index for index, node in roots.items()}
-    homes: Homes = {}
-    clones: Homes = {}
-    for node in reversed(graph.nodes):
-        if node.op == "output":
-            continue
-        if node in root_of:
-            homes[node] = frozenset([root_of[node]])
-            continue
-        wanted = set().union(*(homes.get(u, frozenset([MAIN])) | clones.get(u, frozenset()) for u in _readers(node)))
-        homes[node], clones[node] = _home(node, frozenset(wanted), node in fed, plan)
-    return homes, clones
+def _behind_views(node: fx.Node, reader: fx.Node) -> fx.Node | None:
+    """What ``node`` is a view of; None if anybody but ``reader`` reads it on the way."""
+    while set(node.users) == {reader} and ops.is_view(node) and isinstance(node.args[0], fx.Node):
+        node, reader = node.args[0], node
+    return node if set(node.users) == {reader} and node.op == "call_function" and ops.is_tensor(node) else None
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -150,28 +252,6 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     if ops.is_getitem(node) and isinstance(node.args[0], fx.Node):
         return [reader for element in node.args[0].users for reader in element.users]
     return list(node.users)
-
-
-def _home(
-    node: fx.Node, wanted: frozenset[int], tangent_fed: bool, plan: ConePlan
-) -> tuple[frozenset[int], frozenset[int]]:
-    cones = wanted - {MAIN}
-    if node.op != "call_function" or not wanted:
-        return frozenset([MAIN]), frozenset()
-    maker = node.args[0] if ops.is_getitem(node) and isinstance(node.args[0], fx.Node) else node
-    cheap = ops.is_cheap(maker)
-    if MAIN in wanted:
-        movable = cheap and (ops.is_view(maker) or not tangent_fed)
-        return frozenset([MAIN]), cones if movable and not _must_stay(node) else frozenset()
-    if _must_stay(node):
-        return frozenset([MAIN]), frozenset()
-    if len(cones) == 1:
-        return cones, frozenset()
-    if cheap and (not tangent_fed or len(cones) <= MAX_GATES_PER_CONE):
-        return cones, frozenset()
-    why = "an expensive operator" if not cheap else f"more than {MAX_GATES_PER_CONE} units"
-    plan.refusals.append((node.name, f"serves {len(cones)} units at once and is {why}: always computed"))
-    return frozenset([MAIN]), frozenset(cones) if ops.is_view(node) else frozenset()
 
 
 def _must_stay(node: fx.Node) -> bool:
@@ -208,15 +288,10 @@ def _operands(members: Sequence[fx.Node]) -> list[fx.Node]:
 
 def _plan_stashes(plan: ConePlan, graph: fx.Graph, saved: Sequence[fx.Node], min_bytes: int) -> None:
     """A saved tensor read by cones only is dropped in forward when all their gates are closed."""
-    from slimfit_fx.graph.joint import nbytes
-
     readers: dict[fx.Node, set[int]] = {}
-    in_cone: dict[fx.Node, set[int]] = {}
     for cone in plan.cones:
         for operand in cone.operands:
-            readers.setdefault(operand, set()).add(cone.gate)
-        for node in cone.nodes:
-            in_cone.setdefault(node, set()).add(cone.output)
+            readers.setdefault(operand, set()).update(cone.gates)
     gone = _nodes_only_in_cones(plan, graph)
     for node in saved:
         unread = all(u in gone or ops.reads_shape_only(u) for u in node.users)
@@ -226,7 +301,7 @@ def _plan_stashes(plan: ConePlan, graph: fx.Graph, saved: Sequence[fx.Node], min
 
 def _nodes_only_in_cones(plan: ConePlan, graph: fx.Graph) -> set[fx.Node]:
     """Nodes that vanish from the main graph once the cones are built: nobody outside the cones reads them."""
-    roots = {c.root for c in plan.cones}
+    roots = {result for c in plan.cones for result in c.results}
     inside = {n for c in plan.cones for n in c.nodes}
     gone: set[fx.Node] = set()
     for node in reversed(graph.nodes):

@@ -6,7 +6,8 @@
     backward: dW = mm(g.t(), x); return dx, dW ->  r = cond(gate, cone, ghost, (g, x)); dW = release(r, [g, x]); ...
 
 ``cond`` runs the cone when the gate is open and returns a ghost otherwise; ``stash`` returns x (a copy) or a ghost;
-``release`` lets the operands go (runtime/hold.py says why).
+``release`` lets the operands go (runtime/hold.py says why). A cone on the OR of several gates is switched by
+``any_open``; what it returns is read inside of cones on some of these gates.
 Acts on a ``ConePlan`` only.
 """
 
@@ -27,6 +28,7 @@ from slimfit_fx.graph.symbols import missing_symbols
 from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan
 from slimfit_fx.passes.saved import Seam
 
+ANY_OPEN = torch.ops.slimfit_fx.any_open.default
 RELEASE = torch.ops.slimfit_fx.release.default
 LAID_OUT = torch.ops.slimfit_fx.laid_out.default
 GATE = "slimfit_gate"
@@ -40,15 +42,15 @@ def insert_gates(seam: Seam, plan: ConePlan, gate_inputs: Mapping[int, fx.Node],
     """
     if not plan.cones:
         return 0
-    used = sorted({c.gate for c in plan.cones})
+    used = sorted(frozenset().union(*(c.gates for c in plan.cones)))
     here = {gate: gate_inputs[gate] for gate in used}
     there = dict(zip(used, seam.prepend([here[g] for g in used]), strict=True))
     for gate in used:
         here[gate].meta[GATE] = there[gate].meta[GATE] = gate
     _insert_stashes(seam, plan, here, debug)
-    known: dict[str, str] = {}
+    builder = _Builder(seam.backward, there, debug)
     for cone in plan.cones:
-        _insert_branch(seam.backward, cone, there[cone.gate], known, debug)
+        builder.insert(cone)
     seam.backward.graph.eliminate_dead_code()
     for graph_module in (seam.forward, seam.backward):
         graph_module.graph.lint()
@@ -93,36 +95,67 @@ def _replace_in_plan(plan: ConePlan, old: fx.Node, new: fx.Node) -> None:
         cone.operands = [new if n is old else n for n in cone.operands]
 
 
-def _insert_branch(backward: fx.GraphModule, cone: Cone, gate: fx.Node, known: dict[str, str], debug: bool) -> None:
-    graph, val = backward.graph, cone.root.meta["val"]
-    operands = [_laid_out(graph, n) for n in cone.operands]
-    operands += missing_symbols(graph, operands, operands)[0]
-    open_graph = _open_branch(cone, operands)
-    closed_graph = _closed_branch(val, operands, debug)
-    names = [
-        _branch_module(backward, known, branch, f"cone_{cone.output}_{side}")
-        for side, branch in (("open", open_graph), ("closed", closed_graph))
-    ]
-    with graph.inserting_before(_earliest(graph, [gate, *operands])):
-        branches = [graph.get_attr(name) for name in names]
-        call = graph.call_function(torch.ops.higher_order.cond, (gate, *branches, tuple(operands)))
-        call.meta = {"val": (val,), CONE: cone.gate}
-        result = graph.call_function(operator.getitem, (call, 0))
-        result.meta = {"val": val}
-        grad = graph.call_function(RELEASE, (result, [n for n in operands if ops.is_tensor(n)]))
-        grad.meta = {**cone.root.meta, "val": val, CONE: cone.gate}
-    output = graph.output_node()
-    results = cast("Sequence[fx.Node | None]", output.args[0])
-    output.args = (tuple(grad if n is cone.root else n for n in results),)
+class _Builder:
+    """Puts branches into ``backward``, one by one, each behind those that it reads. ``gates``: its gate inputs."""
 
+    def __init__(self, backward: fx.GraphModule, gates: Mapping[int, fx.Node], debug: bool) -> None:
+        self.backward, self.graph, self._debug = backward, backward.graph, debug
+        self._switches = {frozenset([gate]): node for gate, node in gates.items()}
+        self._gates = gates
+        self._modules: dict[str, str] = {}
+        self._shared: dict[fx.Node, fx.Node] = {}
+        """What stands for a value that several cones read."""
 
-def _branch_module(backward: fx.GraphModule, known: dict[str, str], branch: fx.Graph, name: str) -> str:
-    """The name of a module that does what ``branch`` does: branches that are alike are compiled once."""
-    text = f"{name.rsplit('_', 1)[1]} {graph_text(branch.nodes)}"
-    if text not in known:
-        backward.add_submodule(name, fx.GraphModule({}, branch))
-        known[text] = name
-    return known[text]
+    def insert(self, cone: Cone) -> None:
+        """One branch, and what it returns in place of the results of ``cone``."""
+        graph, vals = self.graph, tuple(n.meta["val"] for n in cone.results)
+        given = {n: self._shared.get(n) or _laid_out(graph, n) for n in cone.operands}
+        given |= {n: n for n in missing_symbols(graph, list(given.values()), list(given.values()))[0]}
+        operands = list(given.values())
+        place = f"shared{len(self._shared)}" if cone.output is None else cone.output
+        names = [
+            self._module(branch, f"cone_{place}_{side}")
+            for side, branch in (
+                ("open", _open_branch(cone, given)),
+                ("closed", _closed_branch(vals, operands, self._debug)),
+            )
+        ]
+        switch = self._switch(cone.gates)
+        with graph.inserting_before(_earliest(graph, [switch, *operands])):
+            branches = [graph.get_attr(name) for name in names]
+            call = graph.call_function(torch.ops.higher_order.cond, (switch, *branches, tuple(operands)))
+            call.meta = {"val": vals, CONE: cone.gates}
+            made = [graph.call_function(operator.getitem, (call, index)) for index in range(len(vals))]
+            tensors = [n for n in operands if ops.is_tensor(n)]
+            released = [graph.call_function(RELEASE, (result, tensors)) for result in made]
+        for result, behind, root in zip(made, released, cone.results, strict=True):
+            result.meta = {"val": root.meta["val"]}
+            behind.meta = {**root.meta, CONE: cone.gates}
+        instead = dict(zip(cone.results, released, strict=True))
+        if cone.output is None:
+            self._shared |= instead
+            return
+        output = graph.output_node()
+        results = cast("Sequence[fx.Node | None]", output.args[0])
+        output.args = (tuple(n if n is None else instead.get(n, n) for n in results),)
+
+    def _switch(self, gates: frozenset[int]) -> fx.Node:
+        """What says whether one of ``gates`` is open."""
+        if gates not in self._switches:
+            inputs = [self._gates[gate] for gate in sorted(gates)]
+            with self.graph.inserting_before(_earliest(self.graph, inputs)):
+                switch = self.graph.call_function(ANY_OPEN, (inputs,))
+            switch.meta = {"val": inputs[0].meta["val"], GATES: gates}
+            self._switches[gates] = switch
+        return self._switches[gates]
+
+    def _module(self, branch: fx.Graph, name: str) -> str:
+        """The name of a module that does what ``branch`` does: branches that are alike are compiled once."""
+        text = f"{name.rsplit('_', 1)[1]} {graph_text(branch.nodes)}"
+        if text not in self._modules:
+            self.backward.add_submodule(name, fx.GraphModule({}, branch))
+            self._modules[text] = name
+        return self._modules[text]
 
 
 def _earliest(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Node:
@@ -148,26 +181,26 @@ def _laid_out(graph: fx.Graph, operand: fx.Node) -> fx.Node:
     return pinned
 
 
-def _open_branch(cone: Cone, operands: list[fx.Node]) -> fx.Graph:
+def _open_branch(cone: Cone, given: Mapping[fx.Node, fx.Node]) -> fx.Graph:
+    """What ``cone`` does, on inputs that stand for the nodes in ``given``, in their order."""
     graph, env = fx.Graph(), {}
-    for operand in operands:
-        env[operand] = graph.placeholder(operand.name)
-        env[operand].meta = dict(operand.meta)
-        if operand.target is LAID_OUT:
-            env[cast(fx.Node, operand.args[0])] = env[operand]
+    for node, operand in given.items():
+        env[node] = graph.placeholder(operand.name)
+        env[node].meta = dict(operand.meta)
     for node in cone.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
-    graph.output((env[cone.root],))
+    graph.output(tuple(env[n] for n in cone.results))
     return graph
 
 
-def _closed_branch(val: torch.Tensor, operands: list[fx.Node], debug: bool) -> fx.Graph:
+def _closed_branch(vals: Sequence[torch.Tensor], operands: list[fx.Node], debug: bool) -> fx.Graph:
     graph = fx.Graph()
     for operand in operands:
         graph.placeholder(operand.name).meta = dict(operand.meta)
-    ghost = graph.call_function(
-        torch.ops.slimfit_fx.ghost.default, (list(val.shape), list(val.stride()), val.dtype, val.device, debug)
-    )
-    ghost.meta["val"] = val
-    graph.output((ghost,))
+    ghosts = []
+    for val in vals:
+        described = (list(val.shape), list(val.stride()), val.dtype, val.device, debug)
+        ghosts.append(graph.call_function(torch.ops.slimfit_fx.ghost.default, described))
+        ghosts[-1].meta["val"] = val
+    graph.output(tuple(ghosts))
     return graph

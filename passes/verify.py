@@ -17,7 +17,7 @@ from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import value_text
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes.insert_codecs import ENCODED
-from slimfit_fx.passes.insert_gates import CONE, GATE, GATES, RELEASE
+from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, owner
 from slimfit_fx.passes.saved import Seam
 
@@ -142,7 +142,7 @@ def rule_encoded_once(seam: Seam) -> Iterator[str]:
 
 # -- gated -------------------------------------------------------------------------------------------------------------
 def rule_ghosts_reach_only_their_cones(seam: Seam) -> Iterator[str]:
-    """A stashed value is read only by branches whose gate is one of its own; a branch's result only by the output."""
+    """What may be a ghost is read only by branches whose gates are among its own; gradients go to the output."""
     for node in seam.backward.graph.nodes:
         if node.op == "placeholder" and GATES in node.meta:
             yield from _readers_gated_by(node, node.meta[GATES])
@@ -172,20 +172,22 @@ def rule_stash_outputs_are_only_saved(seam: Seam) -> Iterator[str]:
 
 
 def rule_branches_are_closed(seam: Seam) -> Iterator[str]:
-    """Predicates are gate inputs; branches take the operands they are given, return one tensor and alias nothing."""
+    """Branches are switched by their own gates, take the operands they are given and return memory of their own."""
     for node in seam.backward.graph.nodes:
         if node.op != "call_function" or node.target is not COND:
             continue
         gate, opened, closed, operands = node.args
-        if gate.meta.get(GATE) != node.meta.get(CONE):
-            yield f"branch {node.name} of gate {node.meta.get(CONE)} is switched by gate {gate.meta.get(GATE)}"
+        if (switches := _gates_of_switch(gate)) != node.meta.get(CONE):
+            yield f"branch {node.name} of {_named(node.meta.get(CONE))} is switched by {_named(switches)}"
         for branch in (opened, closed):
             graph = getattr(seam.backward, str(branch.target)).graph
             if len(graph.find_nodes(op="placeholder")) != len(operands):
                 yield f"branch {node.name}: {branch.target} takes another number of operands"
-            (result,) = graph.output_node().args[0]
-            if result.op == "placeholder" or ops.view_base(result).op == "placeholder":
+            bases = [ops.view_base(result) for result in graph.output_node().args[0]]
+            if any(base.op == "placeholder" for base in bases):
                 yield f"branch {node.name}: {branch.target} returns a view of an operand"
+            if len(set(bases)) < len(bases):
+                yield f"branch {node.name}: {branch.target} returns one piece of memory twice"
         if not all(isinstance(o, fx.Node) and (ops.is_tensor(o) or ops.is_symbol(o)) for o in operands):
             yield f"branch {node.name} has an operand that is neither a tensor nor a symbol"
 
@@ -201,23 +203,43 @@ def _readers_gated_by(node: fx.Node, gates: frozenset[int]) -> Iterator[str]:
                 yield f"ghost {node.name} is passed on by {user.name}"
         elif user.target is not COND:
             yield f"ghost {node.name} is read by {user.name} outside every branch"
-        elif user.meta.get(CONE) not in gates or user.args[0] is node:
-            yield f"ghost {node.name} of gates {sorted(gates)} is read by the branch of gate {user.meta.get(CONE)}"
+        elif not _reads_when_open(user, node, gates):
+            yield f"ghost {node.name} of {_named(gates)} is read by the branch of {_named(user.meta.get(CONE))}"
+
+
+def _reads_when_open(user: fx.Node, node: fx.Node, gates: frozenset[int]) -> bool:
+    """Whether ``user`` is a branch that runs only if one of ``gates`` is open, or what lets go of its operands."""
+    if user.target is RELEASE:
+        return user.args[0] is not node
+    return user.target is COND and user.args[0] is not node and user.meta.get(CONE, frozenset([None])) <= gates
+
+
+def _gates_of_switch(node: fx.Node) -> frozenset[int | None]:
+    if node.op == "call_function" and node.target is ANY_OPEN:
+        gates: Any = node.args[0]
+        return frozenset(gate.meta.get(GATE) for gate in gates)
+    return frozenset([node.meta.get(GATE)])
+
+
+def _named(gates: frozenset[int | None] | None) -> str:
+    names = ", ".join(sorted(map(str, gates or (None,))))
+    return f"gate {names}" if len(gates or ()) < 2 else f"gates {names}"
 
 
 def _result_escapes(call: fx.Node) -> Iterator[str]:
-    """A branch's result goes through ``release``, which reads no element of it, to the outputs and nowhere else."""
+    """A branch's result goes through ``release``, which reads no element of it, to the outputs or to inner branches."""
     for element in call.users:
         if not ops.is_getitem(element):
             yield f"branch {call.name} is read whole by {element.name}"
             continue
         for user in element.users:
             if user.target is RELEASE and user.args[0] is element:
-                escaped = [u.name for u in user.users if u.op != "output"]
+                inner = [u for u in user.users if _reads_when_open(u, user, call.meta.get(CONE, frozenset()))]
+                escaped = [u.name for u in user.users if u.op != "output" and u not in inner]
             else:
                 escaped = [user.name] if user.op != "output" else []
             if escaped:
-                yield f"gradient {element.name} of a gated unit is read by another node: {escaped[0]}"
+                yield f"result {element.name} of a branch is read outside the branches of its gates: {escaped[0]}"
 
 
 # -- outlined ----------------------------------------------------------------------------------------------------------

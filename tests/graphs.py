@@ -203,5 +203,19 @@ class Chain(nn.Module):
         return self.three(nn.functional.gelu(self.two(self.one(x))))
 
 
+class Fork(nn.Module):
+    """Two layers read one scaled value: ``first`` and ``scale`` share the products that bring their gradients back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.scale = nn.Linear(8, 16, bias=False), nn.Parameter(torch.randn(16))
+        self.left, self.right, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) * self.scale
+        return self.last(nn.functional.gelu(self.left(hidden)) * self.right(hidden)).square().mean()
+
+
 def chain_input() -> tuple[Tensor, ...]:
     return (torch.randn(16, 8, generator=torch.Generator().manual_seed(1)),)

@@ -15,7 +15,7 @@ from torch import fx
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes import verify
 from slimfit_fx.passes.insert_codecs import ENCODED
-from slimfit_fx.passes.insert_gates import CONE, GATE, GATES, RELEASE
+from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.verify import COND, STASH
@@ -270,11 +270,11 @@ def ghost_is_passed_on(seam: Seam) -> bool:
     return any(_call(seam.backward, RELEASE, ghost, []) for ghost in _ghosts(seam))
 
 
-@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", r"ghost .* of gates \[.*\] is read by the branch of gate")
+@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "ghost .* of gates? .* is read by the branch of gate")
 def ghost_is_read_behind_another_gate(seam: Seam) -> bool:
     for ghost in _ghosts(seam):
         for branch in _branches(seam):
-            if branch.meta[CONE] not in ghost.meta[GATES]:
+            if not branch.meta[CONE] <= ghost.meta[GATES]:
                 _add_operand(seam, branch, ghost)
                 return True
     return False
@@ -285,15 +285,25 @@ def branch_is_read_whole(seam: Seam) -> bool:
     return any(_call(seam.backward, operator.length_hint, branch) for branch in _branches(seam))
 
 
-@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "gradient getitem.* of a gated unit is read by .*: neg")
+@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "result getitem.* of a branch is read outside .*: neg")
 def gated_gradient_is_read(seam: Seam) -> bool:
     return any(_call(seam.backward, ATEN.neg.default, element) for b in _branches(seam) for element in b.users)
 
 
-@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "gradient getitem.* of a gated unit is read by .*: neg")
+@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "result getitem.* of a branch is read outside .*: neg")
 def released_gradient_is_read(seam: Seam) -> bool:
     released = seam.backward.graph.find_nodes(op="call_function", target=RELEASE)
     return any(_call(seam.backward, ATEN.neg.default, gradient) for gradient in released)
+
+
+@breaks(verify.rule_ghosts_reach_only_their_cones, "gated", "result getitem.* of a branch is read outside .*: cond")
+def shared_value_is_read_behind_another_gate(seam: Seam) -> bool:
+    for released in seam.backward.graph.find_nodes(op="call_function", target=RELEASE):
+        for branch in _branches(seam):
+            if not branch.meta[CONE] <= released.meta[CONE] and released < branch:
+                _add_operand(seam, branch, released)
+                return True
+    return False
 
 
 def _add_operand(seam: Seam, branch: fx.Node, operand: fx.Node) -> None:
@@ -351,17 +361,26 @@ def stash_arrives_with_other_gates(seam: Seam) -> bool:
 # ---- gated: branches
 
 
-@breaks(verify.rule_branches_are_closed, "gated", r"branch cond.* of gate \d+ is switched by gate \d+")
+@breaks(verify.rule_branches_are_closed, "gated", r"branch cond.* of gates \d+, \d+.* is switched by gate")
+def switch_leaves_a_gate_out(seam: Seam) -> bool:
+    for switch in seam.backward.graph.find_nodes(op="call_function", target=ANY_OPEN):
+        switch.args = (switch.args[0][1:],)
+        return True
+    return False
+
+
+@breaks(verify.rule_branches_are_closed, "gated", r"branch cond.* of gates? \d+.* is switched by gate \d+")
 def branch_is_switched_by_another_gate(seam: Seam) -> bool:
     for branch in _branches(seam):
-        others = [n for n in seam.backward.graph.nodes if n.meta.get(GATE, branch.meta[CONE]) != branch.meta[CONE]]
+        inputs = [n for n in seam.backward.graph.nodes if GATE in n.meta]
+        others = [n for n in inputs if branch.meta[CONE] != {n.meta[GATE]}]
         for gate in others[:1]:
             branch.args = (gate, *branch.args[1:])
             return True
     return False
 
 
-@breaks(verify.rule_branches_are_closed, "gated", r"branch cond.* of gate \d+ is switched by gate None")
+@breaks(verify.rule_branches_are_closed, "gated", r"branch cond.* of gates? \d+.* is switched by gate None")
 def branch_is_switched_by_no_gate(seam: Seam) -> bool:
     for branch in _branches(seam):
         branch.args = (seam.backward.graph.find_nodes(op="placeholder")[-1], *branch.args[1:])
@@ -385,6 +404,15 @@ def branch_returns_an_operand(seam: Seam) -> bool:
 @breaks(verify.rule_branches_are_closed, "gated", "branch cond.*: cone_.*_open returns a view of an operand")
 def branch_returns_a_view_of_an_operand(seam: Seam) -> bool:
     return _return_from_branch(seam, lambda module, operand: _call(module, ATEN.permute.default, operand, [1, 0]))
+
+
+@breaks(verify.rule_branches_are_closed, "gated", "branch cond.*: cone_.*_open returns one piece of memory twice")
+def branch_returns_a_result_twice(seam: Seam) -> bool:
+    for branch in _branches(seam):
+        output = getattr(seam.backward, branch.args[1].target).graph.output_node()
+        output.args = ((*output.args[0], output.args[0][0]),)
+        return True
+    return False
 
 
 @breaks(verify.rule_branches_are_closed, "gated", "branch cond.* has an operand that is neither a tensor nor a symbol")

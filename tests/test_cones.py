@@ -8,7 +8,7 @@ from graphs import ATEN, Sketch, names
 from torch import fx
 
 from slimfit_fx.graph.joint import STATIC
-from slimfit_fx.passes.find_cones import CONE, ConePlan, find_cones
+from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan, find_cones
 from slimfit_fx.planning.planner import MAX_GATES_PER_CONE
 
 MM, NEG, MUL, PERMUTE, SUM = (
@@ -30,7 +30,7 @@ def cones(sketch: Sketch, outputs, gates, saved=(), *, min_bytes: int = 0) -> Co
 
 
 def only(plan: ConePlan, gate: int):
-    (cone,) = [c for c in plan.cones if c.gate == gate]
+    (cone,) = [c for c in plan.cones if c.output is not None and c.gates == {gate}]
     return cone
 
 
@@ -48,7 +48,7 @@ def test_one_gate_takes_what_serves_it_alone():
     dw, dx = linear(s, x, g), s.call(MM, g, w)
     plan = cones(s, [dx, dw], [STATIC, 3], [x, w])
     cone = only(plan, 3)
-    assert (cone.output, cone.root) == (1, dw)
+    assert (cone.output, cone.results) == (1, (dw,))
     assert names(cone.nodes) == {"permute_default", "mm_default"} and names(cone.operands) == {"x", "tangents_1"}
     assert plan.stashes == {x: frozenset([3])} and plan.refusals == []
 
@@ -97,15 +97,105 @@ def test_a_cheap_node_of_a_tangent_that_main_reads_too_is_an_operand():
     assert scaled not in only(plan, 0).nodes and scaled in only(plan, 0).operands
 
 
-def test_an_expensive_node_that_two_cones_read_stays_in_main():
+def shared(plan: ConePlan) -> list[Cone]:
+    """The cones of values that other cones read."""
+    return [c for c in plan.cones if c.output is None]
+
+
+def test_an_expensive_node_that_two_cones_read_gets_a_cone_on_the_or_of_their_gates():
     s = Sketch()
     x, w, g = s.input("x", 4, 8), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
     product = s.call(MM, g, w)
     plan = cones(s, [linear(s, x, product), s.call(SUM, product, [0])], [0, 1], [x, w])
-    assert plan.refusals == [("mm_default", "serves 2 units at once and is an expensive operator: always computed")]
+    (cone,) = shared(plan)
+    assert (cone.results, cone.gates, cone.nodes) == ((product,), {0, 1}, [product])
+    assert names(cone.operands) == {"w", "tangents_1"} and plan.cones[0] is cone and plan.refusals == []
     for gate in (0, 1):
         assert product in only(plan, gate).operands and product not in only(plan, gate).nodes
-    assert w not in plan.stashes and x in plan.stashes
+    assert plan.stashes == {w: frozenset([0, 1]), x: frozenset([0])}
+
+
+def test_what_main_reads_too_stays_in_main():
+    s = Sketch()
+    x, w, g = s.input("x", 4, 8), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
+    product = s.call(MM, g, w)
+    plan = cones(s, [product, linear(s, x, product), s.call(SUM, product, [0])], [STATIC, 0, 1], [x, w])
+    assert shared(plan) == [] and w not in plan.stashes
+
+
+def test_gradients_of_one_unit_share_a_cone_on_its_gate():
+    s = Sketch()
+    x, w, g = s.input("x", 4, 8), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
+    product = s.call(MM, g, w)
+    plan = cones(s, [linear(s, x, product), s.call(SUM, product, [0])], [2, 2], [x, w])
+    assert [(c.output, c.gates) for c in plan.cones] == [(None, {2}), (0, {2}), (1, {2})]
+
+
+def test_cones_nest():
+    """The inner product serves two of the three units that the outer one serves."""
+    s = Sketch()
+    w, g = s.input("w", 6, 6), s.input("tangents_1", 6, 6)
+    outer = s.call(MM, g, w)
+    inner = s.call(MM, outer, w)
+    roots = [s.call(SUM, outer, [0]), s.call(SUM, inner, [0]), s.call(SUM, s.call(MUL, inner, inner), [1])]
+    plan = cones(s, roots, [0, 1, 2], [w])
+    assert [(c.results, c.gates) for c in shared(plan)] == [((outer,), {0, 1, 2}), ((inner,), {1, 2})]
+    assert outer in shared(plan)[1].operands and outer not in shared(plan)[1].nodes
+
+
+def test_a_sum_of_products_is_handed_on_and_not_each_of_them():
+    """As the gradients of q, k and v come together at the norm before them."""
+    s = Sketch()
+    x, w, g = s.input("x", 4, 6), s.input("w", 6, 6), s.input("tangents_1", 4, 6)
+    q, k, v = (s.call(MM, s.call(MUL, g, float(i)), w) for i in range(3))
+    total = s.call(ATEN.add.Tensor, s.call(ATEN.add.Tensor, q, k), s.call(ATEN.view.default, v, [4, 6]))
+    scale, embedding = s.call(SUM, s.call(MUL, total, x), [0]), s.call(MM, s.call(MUL, total, 3.0), w)
+    plan = cones(s, [scale, embedding], [0, 1], [x, w])
+    (cone,) = shared(plan)
+    assert cone.results == (total,) and {q, k, v} < set(cone.nodes) and cone.operands == [g, w]
+    assert plan.stashes == {x: frozenset([0]), w: frozenset([0, 1])} and plan.refusals == []
+
+
+def test_a_product_that_is_spread_out_is_handed_on_as_it_is():
+    s = Sketch()
+    w, g = s.input("w", 6, 1), s.input("tangents_1", 4, 6)
+    column = s.call(MM, g, w)
+    wide = s.call(MUL, column, g)
+    plan = cones(s, [s.call(SUM, wide, [0]), s.call(SUM, s.call(NEG, wide), [1])], [0, 1], [w])
+    assert [c.results for c in shared(plan)] == [(column,)] and all(wide in only(plan, gate).nodes for gate in (0, 1))
+
+
+def test_a_shared_value_of_a_symbolic_shape_is_always_computed():
+    s = Sketch()
+    g, w = s.input("tangents_1", 4, 6, symbolic=True), s.input("w", 6, 6)
+    product = s.call(MM, g, w)
+    plan = cones(s, [s.call(SUM, product, [0]), s.call(SUM, s.call(NEG, product), [0])], [0, 1], [w])
+    assert [c.output for c in plan.cones] == [0, 1] and w not in plan.stashes
+    assert plan.refusals == [
+        (
+            product.name,
+            "serves 2 units at once: it has a symbolic shape",
+        )
+    ]
+
+
+def test_an_element_that_alone_is_read_of_an_operator_is_shared():
+    s = Sketch()
+    g = s.input("tangents_1", 4, 6)
+    both = s.call(ATEN.native_layer_norm.default, g, [6], None, None, 1e-5)
+    value = s.call(getitem, both, 0)
+    plan = cones(s, [s.call(SUM, value, [0]), s.call(SUM, s.call(NEG, value), [1])], [0, 1])
+    assert [(c.results, c.nodes) for c in shared(plan)] == [((value,), [both, value])]
+
+
+def test_what_a_convolution_made_is_never_shared():
+    """The compiler picks its layout; both gradients, and what they read, are then where they were."""
+    s = Sketch()
+    both, dx = convolution(s, 0)
+    product = s.call(MM, s.call(ATEN.view.default, dx, [96, 4]), s.input("w2", 4, 4))
+    plan = cones(s, [s.call(SUM, product, [0]), s.call(SUM, s.call(NEG, product), [1])], [0, 1])
+    assert all(both not in c.nodes and dx not in c.nodes for c in plan.cones)
+    assert any("it can end no branch" in why for _, why in plan.refusals)
 
 
 def test_an_expensive_node_of_one_cone_moves_into_it():
@@ -120,34 +210,52 @@ def gated_by_many(count: int, *, tangent: bool) -> tuple[ConePlan, fx.Node]:
     """``count`` units that read one cheap node, which depends on a tangent or on a saved value only."""
     s = Sketch()
     x, g = s.input("x", 4, 4), s.input("tangents_1", 4, 4)
-    shared = s.call(NEG, g if tangent else x)
-    roots = [s.call(MM, shared, s.call(MUL, x, float(i + 1))) for i in range(count)]
-    return cones(s, roots, range(count), [x]), shared
+    node = s.call(NEG, g if tangent else x)
+    roots = [s.call(MM, node, s.call(MUL, x, float(i + 1))) for i in range(count)]
+    return cones(s, roots, range(count), [x]), node
 
 
 def test_a_cheap_node_of_a_tangent_is_cloned_into_few_cones_only():
-    few, shared = gated_by_many(MAX_GATES_PER_CONE, tangent=True)
-    assert all(shared in cone.nodes for cone in few.cones) and few.refusals == []
-    many, shared = gated_by_many(MAX_GATES_PER_CONE + 1, tangent=True)
-    assert all(shared in cone.operands for cone in many.cones)
-    assert many.refusals == [("neg_default", "serves 5 units at once and is more than 4 units: always computed")]
+    few, node = gated_by_many(MAX_GATES_PER_CONE, tangent=True)
+    assert all(node in cone.nodes for cone in few.cones) and few.refusals == []
+    many, node = gated_by_many(MAX_GATES_PER_CONE + 1, tangent=True)
+    assert all(node in cone.operands for cone in many.cones) and shared(many) == []
+    assert many.refusals == [("neg_default", "serves 5 units at once: more than 4 are hardly ever all closed")]
+
+
+def test_a_cheap_node_that_more_cones_of_few_units_read_gets_a_cone_of_its_own():
+    s = Sketch()
+    x, g = s.input("x", 4, 4), s.input("tangents_1", 4, 4)
+    node = s.call(NEG, g)
+    roots = [s.call(MM, node, s.call(MUL, x, float(i + 1))) for i in range(6)]
+    plan = cones(s, roots, [0, 0, 0, 1, 1, 1], [x])
+    assert [(c.results, c.gates) for c in shared(plan)] == [((node,), {0, 1})]
 
 
 def test_a_decode_is_cloned_into_any_number_of_cones():
-    plan, shared = gated_by_many(MAX_GATES_PER_CONE + 3, tangent=False)
-    assert all(shared in cone.nodes for cone in plan.cones) and plan.refusals == []
+    plan, node = gated_by_many(MAX_GATES_PER_CONE + 3, tangent=False)
+    assert all(node in cone.nodes for cone in plan.cones) and plan.refusals == []
 
 
-def test_an_operator_with_several_results_stays_whole():
+def test_an_operator_with_several_results_stays_whole_in_one_cone():
     s = Sketch()
     x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 8)
-    both = s.call(ATEN.native_layer_norm.default, g, [8], None, None, 1e-5)
+    both = s.call(ATEN.native_layer_norm.default, s.call(NEG, g), [8], None, None, 1e-5)
     value, mean = s.call(getitem, both, 0), s.call(getitem, both, 1)
     plan = cones(s, [linear(s, x, value), s.call(MUL, mean, mean)], [0, 1], [x])
+    (cone,) = shared(plan)
+    assert cone.results == (value, mean) and {both, value, mean} < set(cone.nodes) and cone.gates == {0, 1}
+    assert value in only(plan, 0).operands and mean in only(plan, 1).operands and plan.refusals == []
+
+
+def test_an_operator_with_a_result_of_a_symbolic_shape_is_always_computed():
+    s = Sketch()
+    g = s.input("tangents_1", 4, 8, symbolic=True)
+    both = s.call(ATEN.native_layer_norm.default, g, [8], None, None, 1e-5)
+    value, mean = s.call(getitem, both, 0), s.call(getitem, both, 1)
+    plan = cones(s, [s.call(SUM, value, [0]), s.call(SUM, mean, [0])], [0, 1])
     assert {both, value, mean}.isdisjoint(n for cone in plan.cones for n in cone.nodes)
-    assert plan.refusals and {why for _, why in plan.refusals} == {
-        "serves 2 units at once and is an expensive operator: always computed"
-    }
+    assert {why for _, why in plan.refusals} == {"serves 2 units at once: it has a symbolic shape"}
 
 
 def test_a_cheap_operator_with_several_results_is_cloned_whole():
@@ -236,7 +344,7 @@ def test_a_gradient_behind_its_gate_is_left_alone():
     s = Sketch()
     x, g = s.input("x", 4, 8), s.input("tangents_1", 4, 6)
     root = linear(s, x, g)
-    root.meta[CONE] = 0
+    root.meta[CONE] = frozenset([0])
     plan = cones(s, [root], [0], [x])
     assert plan.cones == [] and reason(plan, root.name) == "its gradient is behind its gate already"
 

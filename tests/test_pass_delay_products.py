@@ -123,7 +123,7 @@ def backward_trace(module: fx.GraphModule, num_gates: int) -> StepTrace:
         held = "primals" in str(node.target) or GATE in node.meta
         size = storage_bytes(spec.shape, spec.strides, spec.dtype.itemsize)
         block = None if held else meter.allocate(size, node.name)
-        arguments.append(run.of(spec, block, node.meta.get(GATE)))
+        arguments.append(run.of(spec, block, frozenset([node.meta[GATE]] if GATE in node.meta else [])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stand_ins, "call_memory", lambda *_: None)
         patch.setattr(stand_ins, "workspace_bytes", lambda *_: 0)

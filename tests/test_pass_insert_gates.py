@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from graphs import (
     ATEN,
     Bench,
     Chain,
+    Fork,
     Sketch,
     calls,
     chain_input,
@@ -18,13 +21,14 @@ from graphs import (
     unequal,
     values,
 )
-from reference import optimized, step
+from reference import compile_reference, differences, equal_bits, loss_of, optimized, step
 from small_models import Tiny, tokens
 from torch import Tensor, nn
 
+from bench.measure import step_peak
 from slimfit_fx.passes.find_cones import CONE, ConePlan, find_cones
 from slimfit_fx.passes.insert_codecs import ENCODED
-from slimfit_fx.passes.insert_gates import GATE, GATES, LAID_OUT, RELEASE, insert_gates
+from slimfit_fx.passes.insert_gates import ANY_OPEN, GATE, GATES, LAID_OUT, RELEASE, insert_gates
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.verify import COND, GHOST, STASH
 from slimfit_fx.runtime.ghosts import is_ghost
@@ -56,8 +60,8 @@ def test_every_unit_gets_its_branch_and_its_gate_crosses_over(chain):
     assert chain.run("insert_gates") == 3
     seam = chain.work.pair()
     branches = calls(seam.backward.graph, COND)
-    assert {b.meta[CONE] for b in branches} == {0, 1, 2}
-    assert all(b.args[0].meta[GATE] == b.meta[CONE] for b in branches)
+    assert {b.meta[CONE] for b in branches} == {frozenset([0]), frozenset([1]), frozenset([2])}
+    assert all({b.args[0].meta[GATE]} == b.meta[CONE] for b in branches)
     crossed = [v for v, _ in seam.saved()][:3]
     assert [v.name for v in crossed] == [gate_name(chain, gate) for gate in range(3)], "ahead of all saved tensors"
 
@@ -116,6 +120,40 @@ def test_a_value_that_two_units_read_looks_at_both_gates():
     bench.run("insert_gates")
     (stash,) = calls(bench.work.pair().forward.graph, STASH)
     assert stash.meta[GATES] == frozenset([1, 2]) and len(stash.args[1]) == 2
+
+
+@pytest.fixture
+def fork() -> Bench:
+    """Every matrix has a gate, and the scale."""
+    return compressed(Fork(), chain_input(), units=["*weight", "scale"])
+
+
+def test_a_value_that_two_cones_read_is_behind_both_gates(fork):
+    fork.run("insert_gates")
+    graph = fork.work.pair().backward.graph
+    (switch,) = calls(graph, ANY_OPEN)
+    (outer,) = [c for c in calls(graph, COND) if c.args[0] is switch]
+    assert len(outer.meta[CONE]) == 2 and switch.meta[GATES] == outer.meta[CONE]
+    inside = getattr(fork.work.pair().backward, str(outer.args[1].target)).graph
+    assert len(calls(inside, ATEN.mm.default)) == 2, "the gradients of the inputs of left and right"
+    (result,) = outer.users
+    (released,) = result.users
+    inner = [user for user in released.users if user.target is COND]
+    assert len(inner) == 2 and frozenset().union(*(c.meta[CONE] for c in inner)) == outer.meta[CONE]
+    assert len(calls(graph, ATEN.mm.default)) == 1, "the gradient of the input of last"
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["ghosts", "nan"])
+def test_inner_branches_get_the_same_bits_whoever_else_is_closed(debug):
+    bench = compressed(Fork(), chain_input(), units="*", debug=debug)
+    outputs, expected = run_pair(bench.work.pair())
+    bench.run("insert_gates")
+    places = weight_grads(bench)
+    for count in range(len(places) + 1):
+        for opened in itertools.combinations(places, count):
+            again, grads = run_pair(bench.work.pair(), closed={gate_name(bench, g) for g in places if g not in opened})
+            assert unequal(outputs, again) == []
+            assert unequal([expected[places[g]] for g in opened], [grads[places[g]] for g in opened]) == []
 
 
 class Rows(nn.Module):
@@ -267,3 +305,21 @@ def test_a_transformer_has_the_same_bits(preset):
     assert bench.run("insert_gates") > 5
     again, grads = run_pair(bench.work.pair())
     assert unequal(outputs, again) == [] and unequal(expected, grads) == []
+
+
+@pytest.mark.inductor
+def test_compiled_inner_branches_get_the_same_bits_and_the_predicted_peak():
+    """The compiler's own branches, nested: the open ones are those of torch.compile, whoever else is closed."""
+    reference = Fork()
+    batch = (torch.randn(512, 8, generator=torch.Generator().manual_seed(1)),)
+    expected_loss, expected = step(compile_reference(reference, executor="inductor"), reference, batch)
+    model, session = optimized(Fork(), scheduler="none", preset="exact", units="*", executor="inductor", min_bytes=0)
+    for closed in ((), ("first.weight",), ("scale",), ("first.weight", "scale"), session.gates.names):
+        session.unfreeze()
+        session.freeze(list(closed)) if closed else None
+        loss, grads = step(model, model, batch)
+        assert equal_bits(expected_loss, loss) and differences(expected, grads, closed=set(closed)) == []
+        model.zero_grad(set_to_none=True)
+        measured = step_peak(lambda: loss_of(model(*batch)), backward=lambda loss: loss.backward()).peak_bytes
+        assert session.predict_peak().peak_bytes == pytest.approx(measured, rel=0.01), closed
+    assert session.recompiles == 0

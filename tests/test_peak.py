@@ -78,7 +78,10 @@ def test_no_pattern_exceeds_the_bound(trace, count):
 
 
 def test_what_happens_inside_a_branch_needs_the_branch():
-    inside = [Event(100, 0, frozenset([0]), branch=0), Event(-100, 0, frozenset([0]), branch=0)]
+    inside = [
+        Event(100, 0, frozenset([0]), branch=frozenset([0])),
+        Event(-100, 0, frozenset([0]), branch=frozenset([0])),
+    ]
     later = [Event(60, 1, frozenset([1])), Event(50, 2, frozenset([2]))]
     assert StepTrace((*inside, *later), 0, {}, 3).worst(2) == (110, frozenset([1, 2]))
     early = [Event(60, 1, frozenset([1])), *inside]
@@ -150,12 +153,14 @@ def call(args):
 def test_a_dry_run_counts_what_the_code_would_allocate():
     run = DryRun(Meter())
     x = run.of(TensorSpec((4, 8), (8, 1), torch.float32, torch.device("cpu")), None)
-    gate = run.of(TensorSpec((), (), torch.bool, torch.device("cpu")), None, gate=0)
+    gate = run.of(TensorSpec((), (), torch.bool, torch.device("cpu")), None, frozenset([0]))
     results = load_wrapper(_SOURCE, run)([x, gate])
     sizes = [e.delta_bytes for e in run.meter.events]
     assert sizes[:2] == [128, 64], "views and inputs take nothing"
     assert sorted(sizes[2:4]) == [64, 128] and -128 in sizes, "sort gives values and places; the places are dropped"
-    assert [(e.delta_bytes, sorted(e.owners), e.branch) for e in run.meter.events if e.owners] == [(20, [0], 0)]
+    assert [(e.delta_bytes, sorted(e.owners), sorted(e.branch)) for e in run.meter.events if e.owners] == [
+        (20, [0], [0])
+    ]
     alive = sum(sizes)
     assert [r.shape for r in results] == [(4, 4), (5,)]
     del results

@@ -58,15 +58,15 @@ class Meter:
     round_to: int = 1
     events: list[Event] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
-    branch: int | None = None
-    """The gate inside whose branch the code runs now."""
+    branch: frozenset[int] = frozenset()
+    """The gates of the branch inside which the code runs now."""
     work: list[Work] = field(default_factory=list)
     """What was computed, were it computed."""
 
     def allocate(self, nbytes: int, label: str, owners: frozenset[int] = frozenset()) -> Block:
         """A new block of ``nbytes``; it is given back when nobody refers to it any more."""
         size = -(-nbytes // self.round_to) * self.round_to
-        block = Block(self, len(self.labels), size, owners if self.branch is None else frozenset([self.branch]))
+        block = Block(self, len(self.labels), size, self.branch or owners)
         self.labels[block.number] = label
         self._note(block, size)
         return block
@@ -77,7 +77,7 @@ class Meter:
 
     def release_unless_open(self, block: Block, gate: int) -> None:
         """The block is given back now if ``gate`` is closed, and as ever if it is open."""
-        self.events.append(Event(-block.size, block.number, unless=gate))
+        self.events.append(Event(-block.size, block.number, unless=frozenset([gate])))
         block.owners = frozenset([gate])
 
     def note_work(self, flops: float, tensors: Iterable[TensorSpec]) -> None:

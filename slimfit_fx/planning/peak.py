@@ -29,10 +29,10 @@ class Event:
     """Number of the block."""
     owners: frozenset[int] = frozenset()
     """The block exists if one of these gates is open; always, if there are none."""
-    branch: int | None = None
-    """The gate inside whose branch this happens."""
-    unless: int | None = None
-    """It does not happen if this gate is open."""
+    branch: frozenset[int] = frozenset()
+    """It happens inside a branch that runs if one of these gates is open."""
+    unless: frozenset[int] = frozenset()
+    """It does not happen if one of these gates is open."""
 
 
 @dataclass(frozen=True)
@@ -109,43 +109,43 @@ class StepTrace:
         """
         bound, pattern = 0, frozenset[int]()
         for always, owned, branch in self._moments():
-            forced = [] if branch is None else [branch]
-            others = ((size, gate) for gate, size in owned.items() if gate != branch)
-            chosen = heapq.nlargest(max(0, count - len(forced)), others)
-            total = always + sum(size for size, _ in chosen) + (0 if branch is None else owned.get(branch, 0))
+            best = max(branch, key=lambda gate: (owned.get(gate, 0), -gate), default=None)
+            others = ((size, gate) for gate, size in owned.items() if gate != best)
+            chosen = heapq.nlargest(max(0, count - len(branch[:1])), others)
+            total = always + sum(size for size, _ in chosen) + (0 if best is None else owned.get(best, 0))
             if total > bound:
-                bound, pattern = total, frozenset([*(gate for _, gate in chosen), *forced])
+                bound, pattern = total, frozenset([*(gate for _, gate in chosen), *(() if best is None else (best,))])
         return bound, pattern
 
-    def _moments(self) -> Iterator[tuple[int, dict[int, int], int | None]]:
-        """After every allocation: bytes that are always there, bytes by gate, and the branch it happens in."""
+    def _moments(self) -> Iterator[tuple[int, dict[int, int], Sequence[int]]]:
+        """After every allocation: bytes that are always there, bytes by gate, and the gates of its branch."""
         always, owned = 0, dict[int, int]()
         for event in self.events:
-            if event.unless is not None:  # such blocks belong to everybody until the end: only ever too much
+            if event.unless:  # such blocks belong to everybody until the end: only ever too much
                 continue
             for gate in event.owners:
                 owned[gate] = owned.get(gate, 0) + event.delta_bytes
             if not event.owners:
                 always += event.delta_bytes
             if event.delta_bytes > 0:
-                yield always, owned, event.branch
+                yield always, owned, sorted(event.branch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
         return {
-            "events": [[e.delta_bytes, e.block, sorted(e.owners), e.branch, e.unless] for e in self.events],
+            "events": [[e.delta_bytes, e.block, *map(sorted, (e.owners, e.branch, e.unless))] for e in self.events],
             "boundary": self.boundary,
             "labels": {str(block): label for block, label in self.labels.items()},
             "num_gates": self.num_gates,
-            "work": [[w.flops, w.nbytes, w.dtype, w.gate] for w in self.work],
+            "work": [[w.flops, w.nbytes, w.dtype, sorted(w.gates)] for w in self.work],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepTrace:
         """The inverse of :meth:`to_dict`."""
-        events = tuple(Event(d, b, frozenset(o), *rest) for d, b, o, *rest in data["events"])
+        events = tuple(Event(delta, block, *map(frozenset, gates)) for delta, block, *gates in data["events"])
         labels = {int(block): label for block, label in data["labels"].items()}
-        work = tuple(Work(*entry) for entry in data.get("work", ()))
+        work = tuple(Work(f, n, dtype, frozenset(gates)) for f, n, dtype, gates in data.get("work", ()))
         return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work)
 
 
@@ -187,7 +187,7 @@ def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakFor
 
 def happens(event: Event, chosen: frozenset[int]) -> bool:
     """Whether the event is one of a step in which these gates are open."""
-    return event.unless not in chosen and (not event.owners or bool(event.owners & chosen))
+    return not event.unless & chosen and (not event.owners or bool(event.owners & chosen))
 
 
 def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTrace:
@@ -208,7 +208,7 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
     late = [event for events in reversed(backward) for event in events]
     total = 1 + max((g for numbers in gates for g in numbers), default=-1)
     work = tuple(
-        dataclasses.replace(w, gate=None if w.gate is None else numbers[w.gate])
+        dataclasses.replace(w, gates=frozenset(numbers[g] for g in w.gates))
         for trace, numbers in zip(traces, gates, strict=True)
         for w in trace.work
     )
@@ -216,7 +216,5 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
 
 
 def _moved(event: Event, offset: int, numbers: Sequence[int]) -> Event:
-    branch = None if event.branch is None else numbers[event.branch]
-    owners = frozenset(numbers[g] for g in event.owners)
-    unless = None if event.unless is None else numbers[event.unless]
-    return Event(event.delta_bytes, event.block + offset, owners, branch, unless)
+    gates = (frozenset(numbers[g] for g in kind) for kind in (event.owners, event.branch, event.unless))
+    return Event(event.delta_bytes, event.block + offset, *gates)

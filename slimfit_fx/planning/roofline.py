@@ -31,7 +31,7 @@ class Work:
     flops: float
     nbytes: int
     dtype: str
-    gate: int | None = None
+    gates: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Roofline:
     def step_ms(self, work: Sequence[Work], open_gates: Collection[int]) -> float:
         """Milliseconds of a step with these gates open."""
         chosen = frozenset(open_gates)
-        return 1e3 * sum(self.seconds(w) for w in work if w.gate is None or w.gate in chosen)
+        return 1e3 * sum(self.seconds(w) for w in work if not w.gates or w.gates & chosen)
 
     def expected_ms(self, work: Sequence[Work], open_share: float) -> float:
         """Milliseconds of a step in which each gate is open with this probability."""
-        return 1e3 * sum(self.seconds(w) * (1.0 if w.gate is None else open_share) for w in work)
+        chances = (1.0 - (1.0 - open_share) ** len(w.gates) if w.gates else 1.0 for w in work)
+        return 1e3 * sum(self.seconds(w) * chance for w, chance in zip(work, chances, strict=True))
 
 
 def operator_flops(name: str, func: Any, args: Sequence[Any], result_shape: Sequence[int] | None) -> float:

@@ -23,7 +23,8 @@ from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
 class StandIn:
     """In place of a tensor: shape, strides, dtype, device and the block that it holds (None: memory not of the step).
 
-    ``gate``: its number, for a gate. All gates are open in a dry run; what only an open one brings is marked as its.
+    ``gates``: of what says whether one of them is open. All are, in a dry run; what only an open one brings is marked
+    as its.
     """
 
     def __init__(
@@ -34,16 +35,16 @@ class StandIn:
         dtype: torch.dtype,
         device: torch.device,
         block: Block | None,
-        gate: int | None = None,
+        gates: frozenset[int] = frozenset(),
     ) -> None:
         self.run, self.shape, self.strides = run, tuple(shape), tuple(strides)
-        self.dtype, self.device, self.block, self.gate = dtype, device, block, gate
+        self.dtype, self.device, self.block, self.gates = dtype, device, block, gates
 
     def item(self) -> bool:
         """What the generated code branches on."""
-        if self.gate is None:
+        if not self.gates:
             raise NotImplementedError("the generated code reads a number out of a tensor that is no gate")
-        self.run.next_branch = self.gate
+        self.run.next_branch = self.gates
         return True
 
     def size(self) -> tuple[int, ...]:
@@ -80,14 +81,15 @@ class DryRun:
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.next_branch: int | None = None
-        """The gate that the code has just branched on."""
+        self.next_branch = frozenset[int]()
+        """The gates that the code has just branched on."""
         self._known: dict[Any, Any] = {}
 
     # -- making stand-ins ----------------------------------------------------------------------------------------------
     def input(self, spec: TensorSpec | int | None, *, gate: int | None) -> Any:
         """An input of the step, whose memory was there before it."""
-        return self.of(spec, None, gate) if isinstance(spec, TensorSpec) else spec
+        gates = frozenset() if gate is None else frozenset([gate])
+        return self.of(spec, None, gates) if isinstance(spec, TensorSpec) else spec
 
     def tangent(self, spec: TensorSpec | int | None, label: str) -> Any:
         """A gradient that arrives from outside, in memory of its own."""
@@ -95,9 +97,9 @@ class DryRun:
             return spec
         return self.of(spec, self.meter.allocate(storage_bytes(spec.shape, spec.strides, spec.dtype.itemsize), label))
 
-    def of(self, spec: TensorSpec, block: Block | None, gate: int | None = None) -> StandIn:
+    def of(self, spec: TensorSpec, block: Block | None, gates: frozenset[int] = frozenset()) -> StandIn:
         """A stand-in that holds ``block``."""
-        return StandIn(self, spec.shape, spec.strides, spec.dtype, spec.device, block, gate)
+        return StandIn(self, spec.shape, spec.strides, spec.dtype, spec.device, block, gates)
 
     def empty(
         self,
@@ -113,10 +115,10 @@ class DryRun:
         return self.of(spec, self.meter.allocate(size, _label(spec), owners))
 
     def inside_branch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Run the function of a taken branch; what it allocates belongs to the gate that was asked last."""
+        """Run the function of a taken branch; what it allocates belongs to the gates that were asked last."""
 
         def call(*args: Any) -> Any:
-            outer, self.meter.branch, self.next_branch = self.meter.branch, self.next_branch, None
+            outer, self.meter.branch, self.next_branch = self.meter.branch, self.next_branch, frozenset()
             try:
                 return function(*args)
             finally:
@@ -134,6 +136,8 @@ class DryRun:
         name = name or str(getattr(func, "_schema", func)).split("(", maxsplit=1)[0].split(".")[0]
         if name == "slimfit_fx::stash":
             return self._stash(*args)
+        if name == "slimfit_fx::any_open":
+            return self._any_open(*args)
         described = tree_map(_spec_of, (args, kwargs))
         self._note_work(name, func, described)
         memory = call_memory(name, func, *described)
@@ -195,8 +199,12 @@ class DryRun:
         return self.empty(spec.shape, spec.strides, spec.dtype, spec.device)
 
     def _stash(self, x: StandIn, gates: Sequence[StandIn], debug: bool) -> StandIn:
-        numbers = frozenset(gate.gate for gate in gates if gate.gate is not None)
-        return self.empty(x.shape, x.strides, x.dtype, x.device, frozenset() if debug else numbers)
+        return self.empty(x.shape, x.strides, x.dtype, x.device, frozenset() if debug else _all_of(gates))
+
+    def _any_open(self, gates: Sequence[StandIn]) -> StandIn:
+        switch = self.empty((), (), torch.bool, "cpu")
+        switch.gates = _all_of(gates)
+        return switch
 
     def _example(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = repr((str(func), tree_map(_spec_of, (args, kwargs))))
@@ -205,6 +213,10 @@ class DryRun:
                 fakes = tree_map(_as_fake, (args, kwargs))
                 self._known[key] = func(*fakes[0], **fakes[1])
         return self._known[key]
+
+
+def _all_of(gates: Sequence[StandIn]) -> frozenset[int]:
+    return frozenset().union(*(gate.gates for gate in gates))
 
 
 def _does_no_work(func: Any) -> bool:

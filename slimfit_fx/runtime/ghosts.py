@@ -1,8 +1,9 @@
 """Ghosts: tensors of full shape and zero-byte storage that stand for values nobody may read.
 
-Two operators. ``slimfit_fx::stash`` keeps a forward value for backward if one of its gates is open and returns a ghost
-otherwise; ``slimfit_fx::ghost`` is the gradient of a closed unit. Both are opaque to the compiler, so neither can be
-fused with a reader. In debug mode ghosts are real tensors full of NaN: a leak then shows as NaN and not as a crash.
+Operators: ``slimfit_fx::stash`` keeps a forward value for backward if one of its gates is open and returns a ghost
+otherwise; ``slimfit_fx::ghost`` is what a closed branch returns; ``slimfit_fx::any_open`` switches a branch that
+several gates may open. All are opaque to the compiler, so none can be fused with a reader. In debug mode ghosts are
+real tensors full of NaN: a leak then shows as NaN and not as a crash.
 
 A ghost is made by Inductor's own unchecked view (``_reinterpret_tensor``) of an empty tensor: no byte is ever
 allocated.
@@ -53,3 +54,14 @@ def ghost(size: list[int], stride: list[int], dtype: torch.dtype, device: torch.
 @ghost.register_fake
 def _(size: list[int], stride: list[int], dtype: torch.dtype, device: torch.device, debug: bool) -> Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+@torch.library.custom_op("slimfit_fx::any_open", mutates_args=())
+def any_open(gates: list[Tensor]) -> Tensor:
+    """Whether any of ``gates`` (0-dim CPU bools) is open, as one more of their kind."""
+    return torch.tensor(any(bool(g) for g in gates))
+
+
+@any_open.register_fake
+def _(gates: list[Tensor]) -> Tensor:
+    return torch.empty((), dtype=torch.bool)
