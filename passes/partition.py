@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
+from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -56,7 +57,8 @@ def split_joint(
     module: fx.GraphModule, joint_inputs: Sequence[Any], **partitioner_args: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph modules; the recompute tags are gone from both."""
-    forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
+    with functorch_config.patch(cse=False):  # simplify_joint has done it
+        forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
     if isinstance(forward, _LazyGraphModule):  # torch forgets it for backward, whose code each pass would write again
         backward = _LazyGraphModule.from_graphmodule(backward)
     for graph_module in (forward, backward):

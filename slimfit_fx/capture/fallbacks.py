@@ -28,7 +28,7 @@ def register_fallbacks() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     ops = torch.ops.slimfit_fx
-    for op in (ops.hold, ops.release, ops.laid_out, ops.stash, ops.ghost):
+    for op in (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost):
         if op.default not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op.default, with_default=True))
             make_fallback(op.default, layout_constraint=constraint, warn=False)

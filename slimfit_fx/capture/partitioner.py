@@ -18,11 +18,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
+from torch._functorch import partitioners
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import slimfit_fx
 import slimfit_fx.passes
@@ -170,7 +173,11 @@ def _copy_module(module: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(module.graph, env)
     graph.output(output)
     graph.output_node().meta = copy.copy(module.graph.output_node().meta)
-    return fx.GraphModule(module, graph)
+    return _LazyGraphModule(module, graph)  # few of them ever run
+
+
+class _Chosen(Exception):  # noqa: N818  (not an error: it ends torch's partitioner)
+    """Raised when torch has chosen what to save."""
 
 
 def _saved_by_torch(
@@ -182,8 +189,14 @@ def _saved_by_torch(
     """
     from slimfit_fx.graph.joint import nbytes
 
+    def stop(_: fx.GraphModule, saved: Sequence[fx.Node], **__: Any) -> None:
+        raise _Chosen(sum(nbytes(n) for n in saved if n.op != "placeholder"))
+
     try:
-        forward, _ = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
+        with mock.patch.object(partitioners, "_extract_fwd_bwd_modules", stop):
+            forward, _ = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
+    except _Chosen as chosen:
+        return int(chosen.args[0])
     except Exception:
         log.debug("torch's own partition of this graph failed; no comparison", exc_info=True)
         return None

@@ -99,7 +99,8 @@ def _simulated(optimizer: Optimizer, wanted: Collection[int], begun: bool) -> Up
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without the hooks of all optimizers
     for param in params.values():
         param.grad = torch.empty_like(param)
-    count_bytes(lambda: step(replica))
+    with _NumbersAtHand():
+        step(replica)
     state = sum(t.untyped_storage().nbytes() for t in _tensors(replica.state))
     in_place = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for key, param in params.items():
@@ -161,28 +162,37 @@ def _tensors(state: Mapping[Any, Any]) -> list[Tensor]:
     return [x for x in tree_flatten(list(state.values()))[0] if isinstance(x, Tensor)]
 
 
-class _Counter(TorchDispatchMode):
+class _NumbersAtHand(TorchDispatchMode):
+    """Gives a number where a tensor without values is asked for one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Counter(_NumbersAtHand):
     """Adds up the storages of tensors that are made while it is on, as long as somebody holds them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.most = 0
+        self._made = 0
+        """Bytes in ``_alive``, where some may be gone by now."""
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name == "aten::_local_scalar_dense" and args[0].is_meta:
-            return 1.0 if args[0].is_floating_point() else 1
-        self._let_go()
         known = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for made in tree_flatten(result)[0]:
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
-                storage = made.untyped_storage()
+            if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in known:
+                self._made += storage.nbytes() - self._alive.get(storage._cdata, (None, 0))[1]
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.most = max(self.most, sum(size for _, size in self._alive.values()))
+        if self._made > self.most:
+            self._let_go()
+            self.most = max(self.most, self._made)
         return result
 
     def _let_go(self) -> None:
         for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
-            del self._alive[key]
+            self._made -= self._alive.pop(key)[1]
