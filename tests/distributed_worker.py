@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import digits
 import torch
@@ -82,29 +83,100 @@ def history(session: Any) -> list[list[str]]:
 # ---- DDP
 
 
+class Watch:
+    """What an optimizer sees and moves of closed units, step by step."""
+
+    def __init__(self, model: nn.Module, session: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.session, self.optimizer = model, session, optimizer
+        self.gradients: list[str] = []
+        """Closed units with a gradient when the optimizer reads gradients; as a hook behind all others finds them."""
+        self.moved: list[str] = []
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def _held(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+        param = self.model.get_parameter(name)
+        local = param.to_local() if hasattr(param, "to_local") else param
+        return local.detach().clone(), optimizer_state(self.optimizer, param)
+
+    def _before(self, *_: Any) -> None:
+        self.gradients += [n for n in self.session.gates.closed if self.model.get_parameter(n).grad is not None]
+        self._were = {n: self._held(n) for n in self.session.gates.closed}
+
+    def _after(self, *_: Any) -> None:
+        for name, (weight, state) in self._were.items():
+            now, state_now = self._held(name)
+            self.moved += [name] if not torch.equal(weight, now) or not same_state(state, state_now) else []
+
+
 def ddp_curve() -> dict[str, Any]:
     """Fifty steps; nothing that is closed moves in any of them."""
     model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
     net = DistributedDataParallel(model)
     optimizer = adamw(model)
-    losses, moved = [], []
-    for number in range(STEPS):
-        before, state = weights(model), {n: optimizer_state(optimizer, p) for n, p in model.named_parameters()}
-        losses.append(one_step(net, optimizer, number).item())
-        moved += [
-            name
-            for name in session.gates.closed
-            if not torch.equal(before[name], model.get_parameter(name))
-            or not same_state(state[name], optimizer_state(optimizer, model.get_parameter(name)))
-        ]
+    watch = Watch(model, session, optimizer)
+    losses = [one_step(net, optimizer, number).item() for number in range(STEPS)]
     return {
         "losses": losses,
-        "moved": moved,
+        "moved": watch.moved,
+        "gradients": watch.gradients,
         "history": history(session),
         "weights": weights(model),
         "compiles": session.compiles,
         "gated": all(unit.gated for unit in session.plan.units),
     }
+
+
+class SeveralBuckets(nn.Module):
+    """Each layer takes a megabyte, as torch's first bucket is at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def ddp_split() -> dict[str, Any]:
+    """How many graphs torch makes of a model of several buckets, with us and without."""
+    graphs = []
+
+    def count(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    x = torch.randn(4, 512)
+    torch.compile(DistributedDataParallel(SeveralBuckets(), bucket_cap_mb=1), backend=count)(x).sum().backward()
+    torch._dynamo.reset()
+    model, session = optimized(SeveralBuckets(), **EXACT, units="*.weight")
+    DistributedDataParallel(model, bucket_cap_mb=1)(x).sum().backward()
+    return {"torch": len(graphs), "ours": session.compiles, "gated": all(unit.gated for unit in session.plan.units)}
+
+
+def ddp_diverge() -> dict[str, Any]:
+    return {"error": diverge(DistributedDataParallel)}
+
+
+def fsdp_diverge() -> dict[str, Any]:
+    return {"error": diverge(shard)}
+
+
+def diverge(wrap: Callable[[nn.Module], Any]) -> str:
+    """What is said when one rank pins units in the middle of a run, at a step at which decisions are compared."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net, optimizer = wrap(model), adamw(model)
+    with mock.patch("slimfit_fx.runtime.steps.CHECK_EVERY", 2):
+        try:
+            for number in range(4):
+                if number == 2 and dist.get_rank() == 1:
+                    session.freeze("*")
+                one_step(net, optimizer, number)
+        except RuntimeError as error:
+            return str(error)
+    return ""
 
 
 def ddp_ils() -> dict[str, Any]:
@@ -225,23 +297,12 @@ def fsdp_curve() -> dict[str, Any]:
     model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
     shard(model)
     optimizer = adamw(model)
-    losses, moved, gradients = [], [], []
-    for number in range(STEPS):
-        before = full(model)
-        optimizer.zero_grad()
-        loss = model(*share(number))
-        loss.backward()
-        gradients += [n for n in session.gates.closed if model.get_parameter(n).grad is not None]
-        optimizer.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        losses.append(mean.item() / dist.get_world_size())
-        after = full(model)
-        moved += [n for n in session.gates.closed if not torch.equal(before[n], after[n])]
+    watch = Watch(model, session, optimizer)
+    losses = [one_step(model, optimizer, number).item() for number in range(STEPS)]
     return {
         "losses": losses,
-        "moved": moved,
-        "gradients": gradients,
+        "moved": watch.moved,
+        "gradients": watch.gradients,
         "history": history(session),
         "weights": full(model),
         "steps": session.steps,

@@ -18,7 +18,18 @@ SAMPLE = 100  # as in the worker
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 ON_TWO = (
-    *("ddp_curve", "ddp_ils", "ddp_traffic", "ddp_gradients", "ddp_then_optimize", "ddp_own_hook", "ddp_disagree"),
+    *(
+        "ddp_curve",
+        "ddp_split",
+        "ddp_diverge",
+        "fsdp_diverge",
+        "ddp_ils",
+        "ddp_traffic",
+        "ddp_gradients",
+        "ddp_then_optimize",
+        "ddp_own_hook",
+        "ddp_disagree",
+    ),
     *("ddp_join", "ddp_digits", *["fsdp_digits"] * THOROUGH),
     *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "shard_then_optimize"),
     *("ddp_save", "ddp_resume", "fsdp_save", "fsdp_resume"),
@@ -69,17 +80,28 @@ def test_loss_curves_agree_whatever_the_number_of_processes(kind, two, others):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_closed_units_stand_still_on_every_rank(kind, two):
-    first = two[0][f"{kind}_curve"]
-    for rank in two:
-        found = rank[f"{kind}_curve"]
-        assert found["moved"] == [] and found.get("gradients", []) == []
-        assert all(torch.equal(found["weights"][n], first["weights"][n]) for n in first["weights"])
+def test_closed_units_stand_still_on_every_rank(kind, two, others):
+    """With two processes and with four: no gradient when the optimizer steps, weights and state untouched."""
+    for ranks in (two, others[4]):
+        first = ranks[0][f"{kind}_curve"]
+        for rank in ranks:
+            found = rank[f"{kind}_curve"]
+            assert found["moved"] == [] and found["gradients"] == []
+            assert all(torch.equal(found["weights"][n], first["weights"][n]) for n in first["weights"])
 
 
 def test_one_graph_with_all_gates_under_ddp(two):
     """torch's DDPOptimizer would split it."""
-    assert all(rank["ddp_curve"]["compiles"] == 1 and rank["ddp_curve"]["gated"] for rank in two)
+    for rank in two:
+        assert rank["ddp_split"]["torch"] > 1 == rank["ddp_split"]["ours"] and rank["ddp_split"]["gated"]
+        assert rank["ddp_curve"]["compiles"] == 1 and rank["ddp_curve"]["gated"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_that_part_in_the_middle_of_a_run_are_found(kind, two):
+    for rank in two:
+        assert "ranks disagree after step 2: unit " in rank[f"{kind}_diverge"]["error"]
+        assert " is open on rank 0, closed on rank 1; every rank must " in rank[f"{kind}_diverge"]["error"]
 
 
 def test_blocks_have_their_gates_under_fsdp(two):

@@ -57,7 +57,7 @@ def close(session, names) -> frozenset[str]:
 # ---- gradients
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(spec=specs(), seed=st.integers(0, 2**16), recompute=st.sampled_from(RECOMPUTE))
 def test_gradients_are_those_of_torch(spec, seed, recompute):
     """All gates open: bit for bit what torch computes. Any pattern: the same for open units, None for closed."""

@@ -309,19 +309,26 @@ def test_an_optimizer_of_another_model_flips_nothing():
     assert session.steps == 0 and all(model.get_parameter(n).grad is not None for n in session.gates.open)
 
 
-def test_a_step_that_a_grad_scaler_skips_flips_nothing():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_skips_flips_nothing(fused):
+    """A fused optimizer is called all the same, and its kernel does nothing."""
     model, session = optimized(Tiny(), freeze_rate=0.6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     for number in range(4):
         optimizer.zero_grad()
         scaler.scale(model(*tokens(number))).backward()
         if number == 1:
             next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
-        gates = session.gates.open
+        gates, before = session.gates.open, {n: p.detach().clone() for n, p in model.named_parameters()}
+        distances = dict(session.scheduler.distances)
         scaler.step(optimizer)
         scaler.update()
-        assert session.gates.open == gates
+        moved = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+        assert session.gates.open == gates and bool(moved) == (number != 1) and moved.isdisjoint(session.gates.closed)
+        if number == 1:
+            model(*tokens(number))
+            assert session.gates.open == gates and session.scheduler.distances == distances
     assert session.steps == 3
     model(*tokens(9))
     opened = [chosen for _, chosen in session.gates.history]

@@ -1,7 +1,7 @@
 """Notice optimizer steps: global hooks on torch.optim, filtered to optimizers that hold the model's parameters.
 
-Covers every subclass of ``torch.optim.Optimizer``, present and future, several at a time, and GradScaler (a skipped
-step calls no hook).
+Covers every subclass of ``torch.optim.Optimizer``, present and future, several at a time, and GradScaler: a step that
+it skips calls no hook, or is one in which a fused kernel found infinite gradients and moved nothing.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class OptimizerHooks:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._listener()
-        if listener is not None and listener.forwarded and self._held(optimizer):
+        if listener is not None and listener.forwarded and self._held(optimizer) and not _moved_nothing(optimizer):
             listener.after_step()
 
     def watch(self, param_ids: frozenset[int]) -> None:
@@ -151,6 +151,15 @@ def _held_bytes(tensor: Any) -> int:
 
 def _params(optimizer: Optimizer) -> Iterator[Any]:
     return (param for group in optimizer.param_groups for param in group["params"])
+
+
+def _moved_nothing(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler let a fused optimizer step although gradients are infinite.
+
+    Waits for the device, as GradScaler itself does for every optimizer that is not fused.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _moves(optimizer: Optimizer) -> bool:
