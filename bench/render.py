@@ -55,19 +55,23 @@ def rows_of(folder: Path, name: str) -> Rows:
 # --- README -------------------------------------------------------------------------------------------------------
 def step_peak_block(folder: Path) -> str:
     """Return the table of step peaks at 4 and 12 layers, measured on a CPU."""
-    found = {}
-    for layers in (4, 12):
-        path = folder / f"memory-bert-{layers}layers-batch16-len128-fp32-cpu.json"
-        results = json.loads(path.read_text())["results"]
-        found[layers] = {name: result["worst"]["peak_bytes"] for name, result in results.items()}
+    return _peak_table({f"{n} layers": _peaks(folder, f"bert-{n}layers-batch16-len128-fp32-cpu") for n in (4, 12)})
+
+
+def _peaks(folder: Path, case: str) -> dict[str, int]:
+    """Bytes of the worst step of each rival."""
+    results = json.loads((folder / f"memory-{case}.json").read_text())["results"]
+    return {name: result["worst"]["peak_bytes"] for name, result in results.items()}
+
+
+def _peak_table(found: Mapping[str, Mapping[str, int]]) -> str:
+    """A line per rival that every case has; columns by case."""
+    first, *others = found.values()
     body = []
-    for name in (name for name in found[4] if name in found[12]):
+    for name in (name for name in first if all(name in peaks for peaks in others)):
         shown = _PEAK_NAMES.get(name, name if name == "eager" else f"slimfit_fx, `{name}`")
         body.append([shown, *(part for peaks in found.values() for part in _against(peaks, name))])
-    heads = [
-        "",
-        *(part for layers in found for part in (f"{layers} layers", "smaller than eager", "than torch.compile")),
-    ]
+    heads = ["", *(part for case in found for part in (case, "smaller than eager", "than torch.compile"))]
     return str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True))
 
 
@@ -264,6 +268,8 @@ def _peaks_section(folder: Path) -> str:
         "## Step peak of one BERT\n\nWidth 768, batch 16, length 128, fp32, SDPA, hidden dropout 0.1, freeze rate 0.9 "
         "under ILS; MB above parameters\nand optimizer state, worst of 20 steps, **measured** on a CPU.\n\n"
         + step_peak_block(folder)
+        + "\n\nThe same of a ViT-B/16 cut to 4 layers, batch 8, 224 pixels:\n\n"
+        + _peak_table({"MB": _peaks(folder, "vit-4layers-batch8-res224-fp32-cpu")})
     )
 
 
