@@ -33,8 +33,8 @@ def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for layers in (4, 12):
-        shutil.copy(report.RESULTS / _PEAKS.format(layers), tmp_path)
+    for name in (_PEAKS.format(4), _PEAKS.format(12), "memory-vit-4layers-batch8-res224-fp32-cpu.json"):
+        shutil.copy(report.RESULTS / name, tmp_path)
     return tmp_path
 
 
