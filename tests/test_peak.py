@@ -218,7 +218,7 @@ def encoder_batch(batch: int = 24, length: int = 48) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.inductor
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["exact", "max"])
+@pytest.mark.parametrize("preset", [pytest.param("exact", marks=pytest.mark.thorough), "max"])
 def test_the_allocator_agrees_for_any_pattern(preset):
     torch.manual_seed(0)
     model, session = optimized(Encoder(), preset=preset, executor="inductor", scheduler="none", min_bytes=4096)

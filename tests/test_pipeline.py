@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -57,12 +58,18 @@ def test_every_stage_has_rules_and_stages_come_in_their_order():
 # ---- switched off by name
 
 
+@functools.cache
+def reference_step():
+    """(loss, gradients) without us."""
+    reference = Tiny(depth=1)
+    return step(compile_reference(reference), reference, tokens())
+
+
 def held_against_the_reference(**settings):
     """(differences of gradients for some closed units, session); the loss must be equal bit for bit."""
     model, session = optimized(Tiny(depth=1), preset="exact", scheduler="none", min_bytes=0, **settings)
     session.freeze(CLOSED)
-    reference = Tiny(depth=1)
-    expected_loss, expected = step(compile_reference(reference), reference, tokens())
+    expected_loss, expected = reference_step()
     loss, grads = step(model, model, tokens())
     assert equal_bits(expected_loss, loss)
     return differences(expected, grads, closed=set(CLOSED)), session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def peaks(draw):
 
 
 @given(tables=peaks(), limit=st.integers(0, 2500), start=st.integers(1, 59), base=st.integers(0, 100))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_it_finds_what_trying_all_finds(tables, limit, start, base):
     def takes(candidate: int, batch: int) -> int:
         return tables[candidate][batch - 1]
