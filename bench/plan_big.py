@@ -2,12 +2,13 @@
 
 Each case is planned with its physical peak in a process of its own, on the meta device, from a config alone. The time
 is told by phase, as torch's own timers have it; the memory is the process's largest resident set. Results go to
-``bench/results/plan-big.json``.
+``bench/results/plan-big.json``, each with its commit; those of cases that do not run stay there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import sys
 import time
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         passed_on = ["--worker", name, *(["--budget"] if options.budget else [])]
         outcome = report.run_worker("bench.plan_big", passed_on, timeout_s=options.timeout)
-        results.append({"name": name, "budget": CASES[name][2] if options.budget else None, **outcome})
+        budget = CASES[name][2] if options.budget else None
+        results.append({"name": name, "budget": budget, "commit": report.commit(), "date": report.now(), **outcome})
         if not options.no_save:
             _save(results, options)
     return _report(results, options)
@@ -93,7 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _save(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     name = "plan-big-budget" if options.budget else "plan-big"
-    report.save(name, {"results": results}, device="cpu", module="bench.plan_big")
+    path = report.RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"results": []}
+    report.save(name, {"results": merged(stored, results)}, device="cpu", module="bench.plan_big")
+
+
+def merged(stored: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``results``, and those of the other cases in the document ``stored``; in the order of the cases."""
+    whole = {key: stored[key] for key in ("commit", "date") if key in stored}
+    rows = {row["name"]: {**whole, **row} for row in stored["results"]} | {row["name"]: row for row in results}
+    return [rows[name] for name in CASES if name in rows]
 
 
 def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -20,12 +21,53 @@ ADAMW_STATE_PER_BYTE = 2
 """Assumed before the first optimizer step: two moments per trainable element, in the parameter's dtype."""
 Optimizers = Callable[[], Sequence[Optimizer]]
 """What tells the optimizers that were seen with the model's parameters."""
+OptimizerChoice = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+"""What ``optimizer=`` takes: one that holds the model's parameters, or what makes one of them (a class will do)."""
+_BY_RATE = ("ils", "random", "round_robin")
+
+
+def find_optimizer(model: nn.Module, optimizer: OptimizerChoice | None) -> Optimizer | None:
+    """The optimizer that ``model`` is said to be trained with, before a step of it was seen.
+
+    Raises:
+        TypeError: neither an optimizer nor what makes one.
+        ValueError: it holds none of the model's parameters.
+    """
+    made: Any = optimizer
+    if callable(optimizer) and not isinstance(optimizer, Optimizer):
+        made = optimizer([p for p in model.parameters() if p.requires_grad])
+    if optimizer is None:
+        return None
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, or make one of a list of parameters, got "
+            f"{optimizer!r}{'' if made is optimizer else f', which makes a {type(made).__name__}'}"
+        )
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError(
+            f"optimizer must hold the model's parameters, got a {type(made).__name__} of others: make it of "
+            "model.parameters(), or give a function that does"
+        )
+    return made
+
+
+def seen_or_given(seen: Optimizers, given: Optimizer | None) -> Optimizers:
+    """What tells the optimizers that were seen, and ``given`` before that. It does not keep ``given`` alive."""
+    if given is None:
+        return seen
+    reference = weakref.ref(given)
+
+    def optimizers() -> Sequence[Optimizer]:
+        known = reference()
+        return seen() or ([] if known is None else [known])
+
+    return optimizers
 
 
 def open_count(config: Config, scheduler: Scheduler, units: Sequence[GateUnit]) -> int:
     """How many units the scheduler opens in a step; one that does not go by the freeze rate may open them all."""
-    by_rate = config.scheduler in ("ils", "none", "random", "round_robin")
-    return scheduler.open_count if by_rate else len(units)
+    return scheduler.open_count if config.scheduler in (*_BY_RATE, "none") else len(units)
 
 
 def make_budget(
@@ -35,28 +77,36 @@ def make_budget(
     if config.memory_budget is None:
         return None
     limit = budget_bytes(config.memory_budget, next(model.parameters()).device)
-    fixed = make_fixed_bytes(model, config, units, scheduler, optimizers)
-    return Budget(limit, open_count(config, scheduler, units), fixed, config.gradient_accumulation)
+    return Budget(
+        limit,
+        open_count(config, scheduler, units),
+        make_fixed_bytes(model, config, units, scheduler, optimizers),
+        config.gradient_accumulation,
+        len(units) if config.scheduler in _BY_RATE else 0,
+    )
 
 
 def make_fixed_bytes(
     model: nn.Module, config: Config, units: Sequence[GateUnit], scheduler: Scheduler, optimizers: Optimizers
-) -> Callable[[], FixedBytes]:
-    """What tells the bytes that are there beside the steps; it does not keep ``model`` alive.
+) -> Callable[..., FixedBytes]:
+    """What tells the bytes that are there beside the steps, by the number of open units (default: the scheduler's).
 
-    Asked again it answers from memory, until another optimizer is seen.
+    It does not keep ``model`` alive. Asked again it answers from memory, until another optimizer is seen.
     """
-    reference, opened = weakref.ref(model), open_count(config, scheduler, units)
-    known: dict[tuple[int, ...], FixedBytes] = {}
+    reference, usual = weakref.ref(model), open_count(config, scheduler, units)
+    known: dict[int, FixedBytes] = {}
+    known_for: list[int] = []
 
-    def fixed() -> FixedBytes:
+    def fixed(opened: int = usual) -> FixedBytes:
         model = reference()
         assert model is not None, "the model is gone"
-        key = tuple(map(id, optimizers()))
-        if key not in known:
+        now = optimizers()
+        if known_for != list(map(id, now)):
             known.clear()
-            known[key] = _fixed_bytes(model, config, units, scheduler, optimizers(), opened)
-        return known[key]
+            known_for[:] = map(id, now)
+        if opened not in known:
+            known[opened] = _fixed_bytes(model, config, units, scheduler, now, opened)
+        return known[opened]
 
     return fixed
 

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from slimfit_fx.api import checked_settings
-from slimfit_fx.capture.fit import fits, judged_under
+from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
+from slimfit_fx.capture.fit import fits
 from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import (
@@ -22,8 +23,10 @@ from slimfit_fx.planning.budget import (
     Judged,
     MemoryBudgetError,
     candidates,
+    describe_step,
     format_bytes,
     held_alone,
+    judge,
 )
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.planning.search import largest_batch
@@ -72,6 +75,7 @@ def max_batch(
     memory_budget: int | float | str,
     *,
     config: Config | None = None,
+    optimizer: OptimizerChoice | None = None,
     **settings: Any,
 ) -> LargestBatch:
     """The largest batch with which a training step of ``model`` fits ``memory_budget``.
@@ -85,12 +89,13 @@ def max_batch(
             The batch is the first dimension of every tensor whose first dimension has the size that most of them have.
         memory_budget: bytes, ``"32GiB"``, or a share of the device's memory.
         config: settings of ``optimize`` in one object.
+        optimizer: what the model will be trained with, or what makes it of a list of parameters; AdamW is assumed.
         settings: or as keywords.
 
     Raises:
         MemoryBudgetError: not even one example fits; with the smallest peak that would.
-        TypeError: the example is neither a mapping, a sequence nor a tensor.
-        ValueError: bad settings, no batch in the example, or a model that cannot be captured.
+        TypeError: the example is neither a mapping, a sequence nor a tensor; ``optimizer`` is none.
+        ValueError: bad settings, no batch in the example, a model that cannot be captured, or the optimizer of another.
     """
     if config is None:
         settings = {**settings, "memory_budget": memory_budget}
@@ -98,7 +103,8 @@ def max_batch(
         config = dataclasses.replace(config, memory_budget=memory_budget)
     chosen, (units, _) = checked_settings(model, config, settings, plan_only=True)
     sized = SizedExample.of(example)
-    probes = _Probes(Rehearsal(model, units, faked=True), chosen, sized)
+    rehearsal = Rehearsal(model, units, faked=True, optimizer=find_optimizer(model, optimizer))
+    probes = _Probes(rehearsal, chosen, sized)
     budget = probes.rehearsal.budget(chosen)
     batch, index = largest_batch(
         lambda c, b: probes.takes(c, b).total_bytes,
@@ -109,7 +115,7 @@ def max_batch(
         base_bytes=budget.fixed().total,
     )
     if batch == 0:
-        probes.refuse(budget.limit)
+        probes.refuse(budget)
     taken = probes.takes(index, batch)
     more = probes.smallest_at(batch + 1).total_bytes
     return LargestBatch(
@@ -137,7 +143,7 @@ class _Probes:
         if key not in self.known:
             config = self.configs[candidate]
             graphs = self.rehearsal.graphs(config, *self.example.at(batch), peak=True, gives_up=gives_up)
-            self.known[key] = judged_under(config, known_step(graphs), self.rehearsal.budget(config))
+            self.known[key] = judge(config, known_step(graphs), self.rehearsal.budget(config))
         return self.known[key]
 
     def fits(self, candidate: int, batch: int, budget: Budget) -> bool:
@@ -158,12 +164,12 @@ class _Probes:
         self.takes(len(self.configs) - 1, batch)
         return min((j for (_, size), j in self.known.items() if size == batch), key=lambda judged: judged.total_bytes)
 
-    def refuse(self, limit: int) -> None:
+    def refuse(self, budget: Budget) -> None:
         best = min((self.takes(c, 1) for c in range(len(self.configs))), key=lambda judged: judged.total_bytes)
+        helps = "shorter inputs, a higher freeze_rate" if budget.update_fits() else "an optimizer that takes less"
         raise MemoryBudgetError(
-            f"memory_budget: not even a batch of 1 fits into {format_bytes(limit)}: the smallest step takes "
-            f"{format_bytes(best.total_bytes)} ({best.config.label}); a budget of that size would do, or a "
-            "smaller model, shorter inputs or a higher freeze_rate",
+            f"memory_budget: not even a batch of 1 fits into {format_bytes(budget.limit)}: the smallest step takes "
+            f"{describe_step(budget, best)}; a budget of that size would do. A smaller model or {helps} brings it down",
             smallest_bytes=best.total_bytes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.optim import Optimizer
 
-from slimfit_fx.beside_steps import make_budget, make_fixed_bytes, open_count
+from slimfit_fx.beside_steps import Optimizers, make_budget, make_fixed_bytes, open_count, seen_or_given
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
 from slimfit_fx.capture.partitioner import GivesUp, PlanReady, PlanTooLarge
+from slimfit_fx.capture.under_budget import ends_at_a_break
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError, fixed_bytes
@@ -29,6 +32,10 @@ from slimfit_fx.session import build_plan
 from slimfit_fx.units import GateUnit
 
 E = TypeVar("E", bound=BaseException)
+_BREAKS = (
+    "the forward breaks into several graphs, and only the first can be planned before the model has run: train one "
+    "step and ask slimfit_fx.session(model).plan (TORCH_LOGS=graph_breaks tells where it breaks)"
+)
 CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
 
@@ -43,25 +50,35 @@ class Rehearsal:
     model: nn.Module
     units: Sequence[GateUnit]
     faked: bool = False
+    optimizer: Optimizer | None = None
+    """What the model will be trained with; AdamW is assumed if nobody says so."""
+
+    @property
+    def _optimizers(self) -> Optimizers:
+        return seen_or_given(list, self.optimizer)
 
     def plan(self, config: Config, args: Any, kwargs: Any, *, peak: bool = False, compare: bool = False) -> MemoryPlan:
         """The plan of one step. ``peak``: with its physical peak; ``compare``: and that of plain torch.compile.
 
         Raises:
-            MemoryBudgetError: ``config`` has a budget, and nothing fits.
+            MemoryBudgetError: ``config`` has a budget, and nothing fits, or the forward breaks into several graphs.
             ValueError: the model cannot be captured.
         """
         scheduler = self.scheduler(config)
-        budget = make_budget(self.model, config, self.units, scheduler, list)
-        graphs = self.graphs(config, args, kwargs, peak=peak or budget is not None, budget=budget)
+        budget = make_budget(self.model, config, self.units, scheduler, self._optimizers)
+        graphs, breaks = self._captured(config, args, kwargs, peak=peak or budget is not None, budget=budget)
+        if breaks and budget is not None:
+            raise MemoryBudgetError(f"memory_budget cannot be promised: {_BREAKS}")
         opened = open_count(config, scheduler, self.units)
-        fixed = make_fixed_bytes(self.model, config, self.units, scheduler, list)
-        found = build_plan(self.model, config, self.units, graphs, None, open_count=opened, update=fixed().update)
+        fixed = make_fixed_bytes(self.model, config, self.units, scheduler, self._optimizers)()
+        state = None if self.optimizer is None else fixed.optimizer_state
+        found = build_plan(self.model, config, self.units, graphs, state, open_count=opened, update=fixed.update)
+        found = dataclasses.replace(found, notes=(*found.notes, _BREAKS)) if breaks else found
         return found.with_comparison(self.plain_timeline(args, kwargs)) if compare else found
 
     def budget(self, config: Config) -> Budget:
         """What steps of the model may take under ``config``, which has a budget."""
-        found = make_budget(self.model, config, self.units, self.scheduler(config), list)
+        found = make_budget(self.model, config, self.units, self.scheduler(config), self._optimizers)
         assert found is not None
         return found
 
@@ -80,16 +97,39 @@ class Rehearsal:
         Raises:
             MemoryBudgetError: nothing fits ``budget``.
             PlanTooLarge: ``gives_up`` said so of the plan of a graph, before its code was written.
-            ValueError: the model cannot be captured.
+            ValueError: the model cannot be captured, or not in one graph.
         """
+        found, breaks = self._captured(config, args, kwargs, peak=peak, budget=budget, gives_up=gives_up)
+        if breaks:
+            raise ValueError(_BREAKS)
+        return found
+
+    def _captured(
+        self,
+        config: Config,
+        args: Any,
+        kwargs: Any,
+        *,
+        peak: bool,
+        budget: Budget | None = None,
+        gives_up: GivesUp | None = None,
+    ) -> tuple[list[CapturedGraph], bool]:
+        """What is captured of a step, up to the first graph that trains; and whether the forward goes on behind it."""
+        breaks = False
+
+        def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            nonlocal breaks
+            breaks = ends_at_a_break()
+            return backend(gm, inputs)
+
         with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
             by_name = dict(real.named_parameters(remove_duplicate=False))
             gates = GateTable({u.name: [by_name[u.name]] for u in self.units})
             backend = SlimFitBackend(
                 config, gates, "inductor", plan_only=True, with_peak=peak, budget=budget, gives_up=gives_up
             )
-            capture_only(real, backend, args, kwargs)
-        return backend.graphs
+            capture_only(real, capture, args, kwargs)
+        return backend.graphs, breaks
 
     def plain_timeline(self, args: Any, kwargs: Any) -> Timeline | str:
         """The memory of a step under plain torch.compile, or why it is not known."""

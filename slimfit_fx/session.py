@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.beside_steps import (
@@ -19,6 +20,7 @@ from slimfit_fx.beside_steps import (
     make_budget,
     make_fixed_bytes,
     open_count,
+    seen_or_given,
     update_memory,
 )
 from slimfit_fx.capture.backend import SlimFitBackend
@@ -47,6 +49,7 @@ class Session:
         units: Sequence[GateUnit],
         always: Sequence[tuple[str, str]],
         executor: str,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -61,8 +64,10 @@ class Session:
         self._units = tuple(units)
         self._tracker = StepTracker(model, config, units)
         self._hooks = OptimizerHooks(self._tracker, frozenset(id(p) for p in model.parameters()))
-        budget = make_budget(model, config, units, self.scheduler, self._hooks.seen)
-        self._fixed = make_fixed_bytes(model, config, units, self.scheduler, self._hooks.seen)
+        self._given = optimizer
+        self._optimizers = seen_or_given(self._hooks.seen, optimizer)
+        budget = make_budget(model, config, units, self.scheduler, self._optimizers)
+        self._fixed = make_fixed_bytes(model, config, units, self.scheduler, self._optimizers)
         self._backend = SlimFitBackend(config, self._tracker.gates, executor, budget=budget)
 
     @property
@@ -112,10 +117,15 @@ class Session:
             self.config,
             self._units,
             self._backend.graphs,
-            self._hooks.state_bytes(),
+            self._state_bytes(),
             open_count=open_count(self.config, self.scheduler, self._units),
             update=self._fixed().update,
         )
+
+    def _state_bytes(self) -> int | None:
+        """Of optimizers: what they hold, or what the one that was given will; None if there is none."""
+        held = self._hooks.state_bytes()
+        return self._fixed().optimizer_state if held is None and self._given is not None else held
 
     def predict_peak(self, open_units: Iterable[str] | None = None) -> StepPeak:
         """The memory of a step with these units open (default: those open now), without running it.
@@ -148,8 +158,7 @@ class Session:
         model = self._model()
         assert model is not None, "the model is gone"
         wanted = self._named(open_units)
-        optimizers = list(self._hooks.optimizers)
-        memory = update_memory(model, self.config, self._units, self.scheduler, optimizers, sorted(wanted))
+        memory = update_memory(model, self.config, self._units, self.scheduler, self._optimizers(), sorted(wanted))
         if memory is None:
             raise RuntimeError("the memory of the optimizer's step is not known: its step cannot run without values")
         opened = [p for name in wanted for p in self.gates.params_of(name)]
@@ -188,7 +197,8 @@ class Session:
     def outgrows_its_plan(self) -> bool:
         """Called by the engine before each training forward: whether the model must be compiled again for its budget.
 
-        Gradients that are there already belong to earlier micro-batches of the step.
+        Gradients that are there already belong to earlier micro-batches of the step. An optimizer that was seen for the
+        first time may take more than was assumed.
         """
         under, model = self._backend.under, self._model()
         if under is None or model is None:
@@ -196,7 +206,7 @@ class Session:
         again = under.begin_forward()
         if not under.budget.accumulates and any(p.grad is not None for p in model.parameters()):
             again |= under.expect_gradients()
-        return again
+        return under.meet_optimizers() or again
 
     def _meet_peers(self, model: nn.Module) -> None:
         """Find the other ranks in the first forward of a distributed job, and DDP, whose traffic is cut."""

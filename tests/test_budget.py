@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import Small, small_batch
 from test_peak import Encoder, measured
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import slimfit_fx
+from bench import budget as budget_bench
+from bench import plan_big
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.capture.fit import Attempt, first_that_fits
 from slimfit_fx.capture.partitioner import GatedPartitioner, PlanTooLarge
@@ -30,9 +36,11 @@ from slimfit_fx.planning.budget import (
     held_alone,
     judge,
     parse_bytes,
+    rate_that_leaves,
 )
 from slimfit_fx.planning.peak import Event, StepTrace
-from slimfit_fx.planning.rows import GraphPlan, PlanRow
+from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, PlanRow
+from slimfit_fx.schedule import UnitInfo, make_scheduler
 
 CPU = torch.device("cpu")
 
@@ -123,12 +131,12 @@ TRACE = StepTrace((Event(100, 0), Event(40, 1, frozenset([0])), Event(30, 2, fro
 
 
 def test_a_step_is_judged_by_its_worst_choice_or_by_the_update():
+    def total(open_count: int, fixed: FixedBytes, **settings: bool) -> int:
+        return judge(Config(), TRACE, Budget(0, open_count, lambda _: fixed, **settings)).total_bytes
+
     small, large = FixedBytes(5, 1, 10, 20), FixedBytes(5, 1, 10, 500)
-    assert judge(Config(), TRACE, small, 1).total_bytes == 16 + 140
-    assert judge(Config(), TRACE, small, 2).total_bytes == 16 + 170
-    assert judge(Config(), TRACE, large, 2).total_bytes == 16 + 500
-    earlier = FixedBytes(5, 1, 10, 20, gradients=7)
-    assert judge(Config(), TRACE, earlier, 1, accumulates=True).total_bytes == 16 + 7 + 140
+    assert (total(1, small), total(2, small), total(2, large)) == (16 + 140, 16 + 170, 16 + 500)
+    assert total(1, FixedBytes(5, 1, 10, 20, gradients=7), accumulates=True) == 16 + 7 + 140
 
 
 @pytest.mark.parametrize(("limit", "again", "floor"), [(200, False, 0), (160, True, 1)])
@@ -136,7 +144,7 @@ def test_accumulated_gradients_lead_to_another_plan_only_if_they_do_not_fit(limi
     fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
     graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[0])
     graph.keep_trace(TRACE)
-    under = UnderBudget(config, Budget(limit, 1, lambda: fixed), [graph])
+    under = UnderBudget(config, Budget(limit, 1, lambda _: fixed), [graph])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert under.expect_gradients() is again
@@ -148,19 +156,215 @@ def test_with_nothing_smaller_left_training_goes_on():
     fixed, config = FixedBytes(5, 1, 10, 20, gradients=7), Config(preset="max")
     graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[-1])
     graph.keep_trace(TRACE)
-    under = UnderBudget(config, Budget(160, 1, lambda: fixed), [graph])
+    under = UnderBudget(config, Budget(160, 1, lambda _: fixed), [graph])
     with pytest.warns(RuntimeWarning, match="nothing fits into .*training goes on with the smallest plan.*accumulated"):
         assert under.expect_gradients() is False
 
 
+@pytest.mark.parametrize(
+    ("now", "again", "floor", "told"),
+    [
+        (FixedBytes(5, 1, 10, 20), False, 0, ""),
+        (FixedBytes(5, 1, 14, 20), False, 0, ""),
+        (FixedBytes(5, 1, 15, 20), True, 1, "a step with the optimizer that is in use would take 161 of 160 bytes"),
+        (FixedBytes(5, 1, 10, 145), False, 0, "nothing fits into .* in the optimizer's step"),
+    ],
+)
+def test_another_optimizer_leads_to_another_plan_only_if_that_helps(now, again, floor, told):
+    config, beside = Config(preset="max"), [FixedBytes(5, 1, 10, 20)]
+    graph = CapturedGraph(("a", "b"), is_recompile=False, chosen=candidates(config)[0])
+    graph.keep_trace(TRACE)
+    under = UnderBudget(config, Budget(160, 1, lambda _: beside[-1]), [graph])
+    assert not under.meet_optimizers(), "nothing was planned yet"
+    under._beside = beside[0]
+    beside.append(now)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert under.meet_optimizers() is again
+        assert not under.meet_optimizers(), "it is asked once"
+    assert under.floor == floor
+    assert len(said) == bool(told) and all(re.search(told, str(w.message)) for w in said)
+
+
+@pytest.mark.parametrize(
+    ("first", "update", "expected"),
+    [(0, 20, True), (5, 20, False), (0, 200, False)],
+    ids=["larger before", "smallest before", "the optimizer takes most"],
+)
+def test_graphs_before_a_break_are_planned_again_if_that_helps(first, update, expected):
+    config = Config(preset="balanced")
+    tried = candidates(config)
+    before = CapturedGraph(("a",), is_recompile=False, chosen=tried[first])
+    now = CapturedGraph(("b",), is_recompile=False)
+    under = UnderBudget(config, Budget(160, 1, lambda _: FixedBytes(5, 1, 10, update)), [before, now])
+    found = Attempt(tried[-1], GraphPlan((), (), ()), (), TRACE, TRACE, judge(tried[-1], TRACE, under.budget))
+
+    def meet() -> None:
+        under._go_on_or_refuse(now, found, None, lambda *_: pytest.fail("nothing is proposed for a part"))
+
+    if not expected:
+        with pytest.raises(MemoryBudgetError, match="breaks into several graphs; up to this one a step takes") as error:
+            meet()
+        assert error.value.smallest_bytes is None
+        return
+    with pytest.warns(RuntimeWarning, match=r"before the next forward all .*recompute blocks"):
+        meet()
+    meet()  # a third graph of this forward
+    assert under.begin_forward() and under.floor == len(tried) - 1
+    with pytest.raises(MemoryBudgetError):
+        meet()
+    under.settled = True
+    with pytest.warns(RuntimeWarning, match="training goes on with the smallest plan"):
+        meet()
+
+
+def test_only_what_was_planned_as_a_whole_settles_a_model():
+    under = UnderBudget(Config(), Budget(160, 1, lambda _: FixedBytes(0, 0, 0, 0)), [])
+    assert not under.begin_forward() and not under.settled, "nothing was planned"
+    under._planned, under.outgrown = True, True
+    assert under.begin_forward() and not under.settled, "it is planned again"
+    assert not under.begin_forward() and under.settled
+
+
+def said(
+    budget: Budget, *, preset: str = "exact", batch: int | None = 8, less: int = 0, more: dict[float, int] | None = None
+) -> str:
+    """What is said of ``TRACE``. Preset max takes ``less`` bytes less; freeze rates may take ``more`` than promised."""
+
+    def retry(config: Config, budget: Budget) -> tuple[Judged, StepTrace]:
+        own = Event((more or {}).get(config.freeze_rate, 0) - (less if config.preset == "max" else 0), 9)
+        trace = StepTrace((own, *TRACE.events), 1, {}, 2)
+        return judge(config, trace, budget), trace
+
+    config = Config(preset=preset, freeze_rate=0)
+    return explain(budget, judge(config, TRACE, budget), TRACE, batch, retry)
+
+
 def test_what_is_said_when_nothing_fits():
-    fixed = FixedBytes(5, 1, 10, 0)
-    best = judge(Config(preset="exact"), TRACE, fixed, 2)
-    text = explain(Budget(160, 2, lambda: fixed), best, TRACE, 8)
-    assert "nothing fits into 0.0 MiB" in text and "preset exact" in text and "preset 'max'" in text
-    assert "a freeze rate of 0.500 would fit (1 open units instead of 2)" in text
-    assert "a batch of about" in text
-    assert "alone do not fit" in explain(Budget(10, 2, lambda: fixed), best, TRACE, 8)
+    budget = Budget(160, 2, lambda _: FixedBytes(5, 1, 10, 0), num_units=2)
+    text = said(budget)
+    assert text.startswith("memory_budget: nothing fits into 0.0 MiB. The smallest step takes 0.0 MiB (186 bytes): ")
+    assert "in the step itself (preset exact); a freeze rate of 0.5 would fit (1 open units instead of 2)" in text
+    assert "a batch of about 6 instead of 8 would fit (slimfit_fx.max_batch finds the largest)" in text
+    assert "preset" not in text.replace("(preset exact)", ""), "it would take as much"
+    assert "alone do not fit" in said(dataclasses.replace(budget, limit=16))
+
+
+def test_preset_max_is_proposed_with_what_it_takes():
+    budget = Budget(160, 2, lambda _: FixedBytes(5, 1, 10, 0))
+    text = "preset 'max' (activations in four bits) "
+    assert text + "would fit: it takes 0.0 MiB, 0.0 MiB less" in said(budget, less=26)
+    assert text + "alone does not do, but takes 0.0 MiB, 0.0 MiB less" in said(budget, less=25)
+    assert text not in said(budget, preset="max", less=26) and text not in said(budget)
+
+
+def test_no_freeze_rate_is_proposed_that_was_not_seen_to_fit():
+    """The plan for another rate may take more than the trace of this one promises."""
+    rows = tuple(Event(10, number, frozenset([number])) for number in range(10))
+    trace = StepTrace(rows, 1, {}, 10)
+    for more, expected in (({}, "0.4"), ({0.4: 10}, "0.5"), ({0.4: 10, 0.5: 20, 0.6: 30}, None)):
+        asked = []
+
+        def retry(config: Config, budget: Budget, more: dict[float, int] = more, asked: list[float] = asked):
+            asked.append(config.freeze_rate)
+            own = StepTrace((Event(more.get(config.freeze_rate, 0), 99), *rows), 1, {}, 10)
+            return judge(config, own, budget), own
+
+        budget = Budget(69, 9, lambda _: FixedBytes(5, 1, 3, 0), num_units=10)
+        text = explain(budget, judge(Config(preset="max"), trace, budget), trace, None, retry)
+        assert asked == [0.4, 0.5, 0.6][: len(more) + (expected is not None)]
+        assert ("would fit" in text) == (expected is not None) and (expected or "") in text
+    assert "would fit" not in said(Budget(160, 2, lambda _: FixedBytes(5, 1, 10, 0)), batch=None), "no rate to raise"
+
+
+@pytest.mark.parametrize(("update", "rate"), [(lambda count: 150 * count, True), (lambda count: 280 + count, False)])
+def test_where_the_optimizer_takes_most_neither_batch_nor_preset_is_proposed(update, rate):
+    budget = Budget(16 + 250, 2, lambda count: FixedBytes(5, 1, 10, update(count)), num_units=2)
+    text = said(budget, less=50)
+    assert "in the optimizer's step (preset exact); " in text
+    assert ("a freeze rate of 0.5 would fit (1 open units instead of 2)" in text) == rate
+    assert "no smaller batch and no preset helps" in text
+    assert "a batch of about" not in text and "four bits" not in text
+
+
+def test_nothing_more_is_tried_where_the_optimizer_takes_most():
+    written = []
+
+    def attempt(configs, gives_up):
+        written.append(configs[0])
+        return Attempt(configs[0], GraphPlan((), (), ()), (), TRACE, TRACE, judge(configs[0], TRACE, budget))
+
+    budget = Budget(100, 1, lambda _: FixedBytes(5, 1, 10, 500))
+    found, holds = first_that_fits(candidates(Config(preset="max")), attempt, budget)
+    assert not holds and found.judged.total_bytes == 516 and written == candidates(Config(preset="max"))[:1]
+
+
+@given(num_units=st.integers(2, 3000), data=st.data())
+def test_a_rate_leaves_as_many_units_open_as_is_said(num_units, data):
+    count = data.draw(st.integers(1, num_units - 1))
+    rate = float(f"{rate_that_leaves(count, num_units)}")
+    scheduler = make_scheduler("random")
+    scheduler.start([UnitInfo(str(n), 1, 4) for n in range(num_units)], freeze_rate=rate, seed=0)
+    assert scheduler.open_count == count
+
+
+def test_a_rate_has_few_digits():
+    assert rate_that_leaves(3, 101) == 0.98 and rate_that_leaves(1, 2) == 0.5
+    assert rate_that_leaves(71, 100) > 0.29, "int(0.29 * 100) is 28"
+
+
+class Stack(nn.Module):
+    """Layers of which each saves something that only its own weights need."""
+
+    def __init__(self, depth: int = 4, width: int = 32) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.first, self.second, strict=True):
+            x = x + second(F.gelu(first(x)))
+        return x.square().mean()
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+def test_what_is_proposed_is_accepted():
+    """A budget below the smallest: each way out that the error names leads to a plan that fits."""
+
+    def plan(batch: int = 64, **settings: Any) -> MemoryPlan:
+        settings = {"preset": "exact", "freeze_rate": 0, **settings}
+        return slimfit_fx.plan(Stack(), torch.zeros(batch, 32, 32), **settings)
+
+    smallest = plan(peak=True)
+    limit = 3 * smallest.parameter_bytes + int(0.92 * smallest.peak.worst_bytes)
+    with pytest.raises(MemoryBudgetError) as error:
+        plan(memory_budget=limit)
+    text = str(error.value)
+    rate, fewer = re.search(r"a freeze rate of (\S+) would fit \((\d+) open units instead of 8\)", text).groups()
+    batch = int(re.search(r"a batch of about (\d+) instead of 64 would fit", text)[1])
+    assert plan(memory_budget=limit, freeze_rate=float(rate)).peak.open_count == int(fewer) < 8
+    assert 0.9 * 0.92 * 64 < batch and plan(batch, memory_budget=limit).peak is not None
+    assert "preset 'max' (activations in four bits) would fit: it takes" in text
+    assert plan(memory_budget=limit, preset="max").peak.worst_bytes < smallest.peak.worst_bytes
+
+
+def test_the_benchmark_has_every_preset_and_sees_a_peak_that_rises():
+    found = budget_bench.groups(16, seed=0)
+    assert len({(group.case.model, group.preset) for group in found}) == 16
+    assert [group.preset for group in found[:4]] == list(budget_bench.PRESETS)
+    assert budget_bench.falling(10, 100, 10) == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert budget_bench.rises([5, 4, None, 4, 3]) == 0
+    assert budget_bench.rises([100, 90, 91, 90, 100]) == 2 and budget_bench.rises([100, 90, 90.5, 95], 1.01) == 1
+
+
+def test_cases_that_do_not_run_keep_their_rows():
+    stored = {"commit": "a", "date": "1", "results": [{"name": "bert-large", "seconds": 1}, {"name": "llama-1b"}]}
+    now = [{"name": "vit-large-384", "commit": "b"}, {"name": "llama-1b", "commit": "b"}]
+    assert plan_big.merged(stored, now) == [
+        {"name": "bert-large", "seconds": 1, "commit": "a", "date": "1"}, *now
+    ]  # fmt: skip
 
 
 def test_what_is_there_before_a_step():
@@ -240,7 +444,7 @@ def test_too_many_saved_bytes_are_seen_before_any_code_is_written():
     held = 10 + 0.9 * 140
 
     def held_with(count: int = 1, accumulates: bool = False) -> int:
-        return held_alone(plan, Budget(0, count, lambda: fixed, accumulates))
+        return held_alone(plan, Budget(0, count, lambda _: fixed, accumulates))
 
     assert held_with() == held
     assert held_with(count=2) == held + 0.9 * 30
@@ -266,7 +470,7 @@ def test_the_first_that_fits_is_taken_and_else_the_smallest_of_all(candidates_of
                 return Attempt(config, plan, (), TRACE, TRACE, Judged(config, 0, total[config]))
         raise PlanTooLarge
 
-    budget = Budget(limit, 1, lambda: FixedBytes(0, 0, 0, 0))
+    budget = Budget(limit, 1, lambda _: FixedBytes(0, 0, 0, 0))
     found, holds = first_that_fits(list(total), attempt, budget)
     fitting = [config for config in total if total[config] <= limit]
     assert holds == bool(fitting)

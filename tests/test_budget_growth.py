@@ -9,13 +9,17 @@ import sympy
 import torch
 from small import Small, small_batch
 from test_peak import measured
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import slimfit_fx
 from slimfit_fx.capture.fit import SizeWatch
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import Judged
 from slimfit_fx.planning.sizes import SymbolicTensor, describe_inputs, read_symbols, value_at
+from slimfit_fx.rehearsal import Rehearsal
 from slimfit_fx.session import Session
+from slimfit_fx.units import find_units
 
 LIMIT = 4_500_000
 
@@ -85,6 +89,88 @@ def test_a_larger_batch_is_planned_again(kind):
     compiles = session.compiles
     assert train(model, small_batch(8), mark=kind == "marked") <= LIMIT
     assert kind == "static" or session.compiles == compiles
+
+
+class Broken(nn.Module):
+    """Two blocks, and a graph break between them."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth = self.layers
+        x = x + second(F.gelu(first(x)))
+        torch._dynamo.graph_break()
+        return (x + fourth(F.gelu(third(x)))).square().mean()
+
+
+def test_before_a_step_only_the_first_graph_is_planned_and_said_to_be():
+    batch = torch.ones(2, 32, 32)
+    (note,) = (note for note in slimfit_fx.plan(Broken(), batch).notes if "breaks into several graphs" in note)
+    assert note.startswith("the forward breaks into several graphs, and only the first can be planned")
+    assert not any("breaks" in note for note in slimfit_fx.plan(Small(), *small_batch(2, 4)).notes)
+    with pytest.raises(ValueError, match="the forward breaks into several graphs"):
+        Rehearsal(Broken(), find_units(Broken()).units).graphs(Config(), (batch,), {}, peak=False)
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+def test_graphs_that_do_not_fit_together_are_all_planned_again():
+    """The first graph takes the plan that loses nothing, since it fits alone; then nothing fits for the second."""
+    settings, batch = {"preset": "balanced", "freeze_rate": 0.0}, torch.ones(64, 32, 32)
+    model = slimfit_fx.optimize(Broken(), memory_budget=10**9, **settings)
+    model(batch).backward()
+    largest = slimfit_fx.session(model).backend.graphs[-1].judged.total_bytes
+
+    torch._dynamo.reset()
+    limit = int(0.7 * largest)
+    model = slimfit_fx.optimize(Broken(), memory_budget=limit, **settings)
+    session = slimfit_fx.session(model)
+    with pytest.warns(RuntimeWarning, match=r"before the next forward all are compiled again.*\(preset balanced\)"):
+        model(batch).backward()
+    assert [graph.chosen.preset for graph in session.backend.graphs] == ["exact", "balanced"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = measured(model, (batch,))
+    assert session.plan.preset == "balanced" and session.compiles == 4
+    assert session.backend.under.budget.fixed().total + found <= limit
+    measured(model, (batch,))
+    assert session.compiles == 4 and session.backend.under.settled
+
+    torch._dynamo.reset()
+    model = slimfit_fx.optimize(Broken(), memory_budget=int(0.6 * largest), **settings)
+    with pytest.warns(RuntimeWarning, match="all are compiled again"):
+        model(batch).backward()
+    model.zero_grad()
+    with pytest.raises(slimfit_fx.MemoryBudgetError, match="The forward breaks into several graphs; up to") as error:
+        model(batch)
+    assert error.value.smallest_bytes is None, "what the others would take then is not known"
+    with pytest.raises(slimfit_fx.MemoryBudgetError, match="cannot be promised: the forward breaks into several"):
+        slimfit_fx.plan(Broken(), batch, memory_budget=10**9)
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+def test_an_optimizer_that_takes_more_than_was_assumed_leads_to_another_plan():
+    """The budget leaves no room for a third moment: after the first step of such an optimizer less is saved."""
+    batch, settings = small_batch(), {"freeze_rate": 0.6}
+    plan = slimfit_fx.plan(Small(), *batch, preset="exact", peak=True, **settings)
+    limit = 3 * plan.parameter_bytes + plan.peak.worst_bytes + 64
+    model = slimfit_fx.optimize(Small(), preset="balanced", memory_budget=limit, **settings)
+    session, optimizer = slimfit_fx.session(model), torch.optim.Adam(model.parameters(), amsgrad=True)
+    model(*batch).backward()
+    assert session.plan.preset == "exact"
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="a step with the optimizer that is in use would take .* compiled again"):
+        found = measured(model, batch)
+    beside = session.backend.under.budget.fixed()
+    assert session.plan.preset == "balanced" and beside.optimizer_state >= 3 * beside.parameters
+    assert beside.total + found <= limit
+    optimizer.step()
+    assert measured(model, batch) <= limit - beside.total and session.compiles == 2
 
 
 @pytest.mark.inductor

@@ -59,7 +59,7 @@ def test_settings_are_checked_first():
 def test_plans_whose_saved_values_alone_are_too_much_cost_no_dry_run():
     model, config = Small(), Config(preset="exact", memory_budget=10**9)
     probes = _Probes(Rehearsal(model, find_units(model).units, faked=True), config, SizedExample.of(small_batch()))
-    held = Budget(1000, 1, lambda: FixedBytes(0, 0, 0, 0))
+    held = Budget(1000, 1, lambda _: FixedBytes(0, 0, 0, 0))
     assert not probes.fits(0, 500, held)
     assert probes.given_up == {(0, 500)} and probes.known == {}
 
@@ -85,3 +85,19 @@ def test_the_largest_batch_fits_and_the_next_does_not():
         slimfit_fx.max_batch(Small(), small_batch(3, 16), 500_000, **settings)
     smallest = error.value.smallest_bytes
     assert slimfit_fx.max_batch(Small(), small_batch(1, 16), smallest, **settings).batch >= 1
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+def test_with_an_optimizer_that_takes_less_more_fits():
+    """A budget that AdamW's state leaves too little of."""
+    model, batch, settings = Small(), small_batch(), {"preset": "exact", "freeze_rate": 0.6}
+    plan = slimfit_fx.plan(model, *batch, peak=True, **settings)
+    limit = 3 * plan.parameter_bytes + plan.peak.worst_bytes - 1
+    with pytest.raises(slimfit_fx.MemoryBudgetError):
+        slimfit_fx.plan(model, *batch, memory_budget=limit, **settings)
+    config, sgd = Config(memory_budget=limit, **settings), torch.optim.SGD(model.parameters())
+    assert Rehearsal(model, find_units(model).units, optimizer=sgd).plan(config, batch, {}).optimizer_bytes == 0
+    found = slimfit_fx.max_batch(model, batch, limit, optimizer=torch.optim.SGD, **settings)
+    assert found.batch > 24 and found.plan.optimizer_bytes == 0

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
+import pytest
 from graphs import ATEN, Sketch, names
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,3 +157,32 @@ def test_no_other_choice_is_cheaper(costs):
         assert not cut.saved & cut.recomputed
         assert price(costs, set(cut.saved)) == best
         assert sum(costs.save[n] for n in cut.saved) + sum(costs.again[n] for n in cut.recomputed) == best
+
+
+_PLAN = """
+import torch
+from graphs import stopped_after, texts
+from small_models import Tiny, tokens
+import slimfit_fx
+
+torch.set_num_threads(1)
+for preset, recompute in (("balanced", "cheap"), ("max", "blocks")):
+    settings = {"preset": preset, "recompute": recompute, "min_bytes": 0, "freeze_rate": 0.9}
+    bench = stopped_after("outline_repeats", Tiny(depth=3), tokens(), executor="inductor", **settings)
+    print(*texts(bench.work), sep="\\n")
+print(slimfit_fx.plan(Tiny(depth=3), *tokens(), config=slimfit_fx.Config(**settings)).to_json())
+"""
+
+
+@pytest.mark.thorough
+def test_the_plan_is_the_same_in_every_process():
+    """Sets of nodes are walked in another order in each: neither the plan nor a graph may show it."""
+    found = {}
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        ran = subprocess.run(
+            [sys.executable, "-c", _PLAN], env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        found[seed] = ran.stdout
+    assert len(found["1"]) > 10_000 and found["1"] == found["2"]

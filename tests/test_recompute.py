@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from graphs import Bench, stopped_after
+import torch
+from graphs import ATEN, Bench, calls, stopped_after
 from reference import compile_reference, differences, equal_bits, optimized, step
 from small_models import Tiny, tokens
+from test_levels import post_norm
+from torch import fx
 
 from slimfit_fx.config import RECOMPUTE
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
+from slimfit_fx.passes.insert_codecs import ENCODED
+from slimfit_fx.passes.partition import DECISION
 
 LEVELS = tuple(RECOMPUTE)
 CLOSED = ("blocks.1.qkv.weight", "blocks.2.norm2.weight", "blocks.0.down.weight", "embed.weight")
@@ -30,7 +35,9 @@ def products(bench: Bench) -> int:
     return sum(ops.is_matrix_product(n) and n.name in forward for n in backward.nodes)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "level", [pytest.param(level, marks=pytest.mark.thorough) if level == "cheap" else level for level in LEVELS]
+)
 def test_gradients_are_the_same_bits(level):
     """Of torch's own partition, dropout and closed units included."""
     model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, recompute=level)
@@ -51,7 +58,7 @@ def test_each_level_saves_less_and_runs_more_again():
     assert again[0] < again[1] and again[0] < again[2], "attention scores alone at first"
 
 
-@pytest.mark.parametrize("level", ["products", "blocks"])
+@pytest.mark.parametrize("level", [pytest.param("products", marks=pytest.mark.thorough), "blocks"])
 def test_no_chain_runs_through_several_blocks(level):
     """What enters a block is saved: each product that runs again reads saved values of its own block only."""
     bench = planned(level, depth=6)
@@ -78,3 +85,54 @@ def test_levels_save_what_grows_with_depth_only_at_the_borders_of_blocks():
 def test_an_unknown_level_is_refused():
     with pytest.raises(ValueError, match=r"recompute.*'product'.*products"):
         optimized(Tiny(depth=1), recompute="product")
+
+
+def encoded(level: str) -> Bench:
+    """A model whose blocks end in a LayerNorm, its saved values stored as preset balanced does."""
+    ids = tokens(batch=8)[0]
+    batch = (ids, torch.ones_like(ids))
+    return stopped_after("insert_codecs", post_norm(depth=3), batch, recompute=level, preset="balanced")
+
+
+def above(node: fx.Node) -> set[fx.Node]:
+    """All that ``node`` is computed from, and itself."""
+    found, left = set[fx.Node](), [node]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
+def made_from(bench: Bench, node: fx.Node) -> tuple[set[str], list[str]]:
+    """Of a node of backward: (operators that run again for it, kinds of the saved values that it is computed from).
+
+    "as it is" stands for a saved value that is not encoded. Parameters are left out.
+    """
+    assert bench.work.planning is not None and bench.work.planning.cut is not None
+    again = {n.name for n in bench.work.planning.cut.recomputed}
+    forward = {n.name: n for n in bench.work.pair().forward.graph.nodes}
+    saved = [n for n in above(node) if n.op == "placeholder" and "primals" not in n.name]
+    values = {n.meta[ENCODED][0] if ENCODED in n.meta else None for n in saved}
+    kinds = ["as it is" if name is None else str(forward[name].meta[DECISION].kind) for name in values]
+    return {ops.op_name(n) for n in above(node) if n.name in again and not ops.is_view(n)}, sorted(kinds)
+
+
+def test_what_a_layer_reads_is_computed_again_from_what_is_encoded():
+    """GELU's output from the decoded input of GELU, LayerNorm's from the decoded normalised input: nothing else."""
+    bench = encoded("cheap")
+    found = [made_from(bench, product.args[1]) for product in calls(bench.work.pair().backward.graph, ATEN.mm.default)]
+    assert [kinds for made, kinds in found if "erf" in made] == [["gelu_input"]] * 3, "one in each block"
+    behind_norm = [kinds for made, kinds in found if made == {"mul", "add"}]
+    assert behind_norm == [["normalised"]] * 10, "q, k and v of two blocks, the wide product of three, and the pooler"
+
+
+def test_with_whole_blocks_q_k_and_v_are_computed_again_from_what_is_encoded():
+    """Out of LayerNorm's output, which is computed again from the one value that enters the block."""
+    bench = encoded("blocks")
+    assert bench.work.planning is not None and bench.work.planning.cut is not None
+    again = {n.name for n in bench.work.planning.cut.recomputed}
+    products = [n for n in calls(bench.work.pair().backward.graph, ATEN.addmm.default) if n.name in again]
+    found = [made_from(bench, product) for product in products]
+    assert found.count(({"addmm", "mul", "add"}, ["normalised"])) == 6, "of the blocks that follow another"

@@ -11,7 +11,13 @@ from test_peak import Encoder, encoder_batch
 from torch import nn
 
 from bench.measure import recorded_step, replay
+from slimfit_fx.beside_steps import find_optimizer
+from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import fixed_bytes
 from slimfit_fx.planning.update import count_bytes, step_memory, update_memory
+from slimfit_fx.rehearsal import Rehearsal
+from slimfit_fx.session import Session
+from slimfit_fx.units import find_units
 
 SHAPES = ((300, 64), (64, 64), (64,), (256, 64), (256,), (64, 256), (5, 64))
 OPTIMIZERS = {
@@ -30,6 +36,8 @@ OPTIMIZERS = {
     "Rprop": {},
     "ASGD": {},
 }
+COMMON = ("AdamW", "SGD")
+"""Those whose default way is tried by make test, too: it is one of the others."""
 FUSED = ("AdamW", "Adam", "SGD", "SGD with momentum", "Adagrad")
 WAYS = [(name, way) for name in OPTIMIZERS for way in ({"foreach": False}, {"foreach": True}, {"fused": True}, {})]
 
@@ -51,7 +59,15 @@ def measured_step(optimizer: torch.optim.Optimizer) -> int:
     return replay(recorded_step(lambda: None, lambda _: optimizer.step())).peak_bytes
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n, w in WAYS if "fused" not in w or n in FUSED], ids=str)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if way or name in COMMON else pytest.mark.thorough)
+        for name, way in WAYS
+        if "fused" not in way or name in FUSED
+    ],
+    ids=str,
+)
 def test_an_optimizer_takes_what_was_predicted(name, way):
     optimizer, wanted = stepped(name, **way)
     predicted = update_memory(optimizer, {id(p) for p in wanted})
@@ -73,10 +89,48 @@ def test_nothing_of_the_optimizer_is_touched():
     assert all(torch.equal(a, p) and p.grad is g for a, p, g in zip(before, wanted, grads, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False, "ns_steps": 2}], ids=str)
+def test_products_of_an_optimizer_are_counted_with_what_they_take_for_themselves(settings):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES if len(shape) == 2]
+    optimizer = torch.optim.Muon(params, **settings)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    params[0].grad = None
+    predicted = update_memory(optimizer, {id(p) for p in params[1:]})
+    assert predicted is not None
+    found = measured_step(optimizer)
+    assert found <= predicted.temporary_bytes <= 1.06 * found + 64
+    assert predicted.state_bytes == sum(p.numel() * 4 for p in params)
+
+
 def test_a_step_that_needs_values_is_not_known():
     optimizer = torch.optim.LBFGS([nn.Parameter(torch.ones(3))])
     assert update_memory(optimizer, frozenset()) is None
     assert step_memory([optimizer], []) is None
+
+
+def test_a_step_on_sparse_gradients_is_not_known_and_stays_below_the_rough_bound():
+    embedding = nn.Embedding(100, 16, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.randint(100, (7,))).sum().backward()
+        optimizer.step()
+    assert update_memory(optimizer, {id(embedding.weight)}) is None
+    rough = fixed_bytes(embedding, [], 0, optimizer_state=0)
+    assert 0 < measured_step(optimizer) <= rough.update - rough.gradients
+
+
+def test_lbfgs_is_refused_while_units_are_frozen():
+    model, _ = optimized(Encoder(), freeze_rate=0.5)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match=r"LBFGS moves every parameter.*use another optimizer, or freeze_rate=0"):
+        optimizer.step(lambda: pytest.fail("it is refused before it computes anything"))
+    assert not optimizer.state
 
 
 def test_bytes_are_counted_while_somebody_holds_them():
@@ -101,7 +155,7 @@ def test_bytes_are_counted_while_somebody_holds_them():
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
     ],
 )
-@pytest.mark.parametrize("most", [1 << 16, 3000])
+@pytest.mark.parametrize("most", [pytest.param(1 << 16, marks=pytest.mark.thorough), 3000])
 def test_a_whole_update_stays_below_the_prediction(make, most):
     """Gradients, copies of the open weights, the optimizer, the distances: bound and worst by 6% at most."""
     model, session = optimized(Encoder(), freeze_rate=0.5, seed=0, distance_sample=most)
@@ -123,3 +177,50 @@ def test_a_whole_update_stays_below_the_prediction(make, most):
     found = gradients + measured_step(optimizer) - (session._hooks.state_bytes() - state)
     predicted = session.predict_update()
     assert found <= predicted + 64 and predicted <= 1.06 * found
+
+
+def amsgrad(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, amsgrad=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "states"),
+    [(None, 2), (torch.optim.SGD, 0), (amsgrad, 3)],
+    ids=["AdamW is assumed", "class", "function"],
+)
+def test_what_is_there_beside_a_step_goes_by_the_optimizer_that_is_given(optimizer, states):
+    model, config = Encoder(), Config(memory_budget=10**9)
+    found, trainable = find_units(model), sum(p.numel() * 4 for p in model.parameters())
+    given = find_optimizer(model, optimizer)
+    planned = Rehearsal(model, found.units, optimizer=given).budget(config).fixed()
+    assert states * trainable <= planned.optimizer_state <= states * (trainable + 4 * len(list(model.parameters())))
+    session = Session(model, config, found.units, found.always, "inductor", given)
+    assert session.backend.under.budget.fixed() == planned
+    session.close()
+
+
+def test_an_optimizer_that_was_seen_goes_before_the_one_that_was_given():
+    model, config = Encoder(), Config(memory_budget=10**9)
+    found = find_units(model)
+    session = Session(model, config, found.units, found.always, "inductor", find_optimizer(model, torch.optim.SGD))
+    session._tracker.forwarded = True
+    optimizer = torch.optim.AdamW(model.parameters())
+    budget = session.backend.under.budget
+    assert budget.fixed().optimizer_state == 0 == session._state_bytes()
+    model.head.bias.grad = torch.ones(5)
+    optimizer.step()
+    assert budget.fixed().optimizer_state > 2 * budget.fixed().parameters > 10 * session._state_bytes() > 0
+    session.close()
+
+
+def test_an_optimizer_is_given_as_it_is_or_by_what_makes_it():
+    model = Encoder()
+    optimizer = torch.optim.SGD(model.parameters())
+    assert find_optimizer(model, optimizer) is optimizer and find_optimizer(model, None) is None
+    assert isinstance(find_optimizer(model, amsgrad), torch.optim.Adam)
+    with pytest.raises(ValueError, match="optimizer must hold the model's parameters, got a SGD of others"):
+        find_optimizer(Encoder(), optimizer)
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, or make one .*got 'SGD'$"):
+        find_optimizer(model, "SGD")
+    with pytest.raises(TypeError, match="got <class 'list'>, which makes a list"):
+        find_optimizer(model, list)

@@ -17,7 +17,7 @@ import torch
 from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout, hint
-from slimfit_fx.planning.budget import Budget, Judged, held_alone, judge
+from slimfit_fx.planning.budget import Budget, Judged, held_alone
 from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
@@ -48,11 +48,6 @@ def fits(judged: Judged, budget: Budget) -> bool:
     return judged.total_bytes <= budget.limit
 
 
-def judged_under(config: Config, step: StepTrace, budget: Budget) -> Judged:
-    """What a step takes, with all that the budget must cover."""
-    return judge(config, step, budget.fixed(), budget.open_count, accumulates=budget.accumulates)
-
-
 AttemptMaker = Callable[[Sequence[Config], GivesUp | None], Attempt]
 """Plans the first candidate of which it is not told to give it up; raises ``PlanTooLarge`` if there is none."""
 
@@ -61,8 +56,11 @@ def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Bu
     """(the first candidate that fits, True), or (the smallest one, False).
 
     A candidate whose saved values alone are too much is given up before its code is written. If nothing fits, those
-    that may still be the smallest are planned to the end, so that what is said to fit is the least that does.
+    that may still be the smallest are planned to the end, so that what is said to fit is the least that does. Where a
+    step takes no more than the optimizer's, no other candidate can take less.
     """
+    fixed = budget.fixed()
+    least = fixed.total + fixed.update
     seen: list[Attempt] = []
     given_up: list[tuple[int, Config]] = []
 
@@ -83,9 +81,11 @@ def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Bu
         seen.append(found)
         if fits(found.judged, budget):
             return found, True
+        if found.judged.total_bytes == least:
+            return found, False
         left = left[left.index(found.config) + 1 :]
-    for least, config in sorted(given_up, key=lambda pair: pair[0]):
-        if all(least < known.judged.total_bytes for known in seen):
+    for held, config in sorted(given_up, key=lambda pair: pair[0]):
+        if all(held < known.judged.total_bytes for known in seen):
             seen.append(attempt([config], None))
             log.info("budget: %s takes %d bytes", config.label, seen[-1].judged.total_bytes)
     return min(seen, key=lambda a: a.judged.total_bytes), False

@@ -7,15 +7,17 @@ nothing that only partitioning would have produced.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import logging
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -100,6 +102,12 @@ class GatedPartitioner(CustomPartitionerFn):
             PlanTooLarge: every plan was given up.
             PlanReady: with ``plan_only``.
         """
+        with _no_garbage_collection():
+            return self._partition(gm, joint_inputs, kwargs)
+
+    def _partition(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         compared = _saved_by_torch(_copy_module(gm), joint_inputs, kwargs)
         tried = (self.config, *self.others)
         for number, config in enumerate(tried, 1):
@@ -117,6 +125,18 @@ class GatedPartitioner(CustomPartitionerFn):
         if self.plan_only:
             raise PlanReady
         return forward, backward
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Look for no garbage: passes make a hundred thousand objects that live on, and each search visits millions."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def partition_joint(

@@ -8,8 +8,10 @@ the least lossy on, and the first that fits is taken: so a smaller budget can ne
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
+import itertools
 import math
 import os
 import re
@@ -30,6 +32,8 @@ _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("ex
 """Presets that lose less than the one asked for, the most exact first."""
 _MIXED = 2
 """How many maps are tried between two presets."""
+_RATES = 3
+"""How many freeze rates are tried before none is proposed."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 
@@ -68,9 +72,25 @@ class Budget:
 
     limit: int
     open_count: int
-    fixed: Callable[[], FixedBytes]
+    fixed_with: Callable[[int], FixedBytes]
+    """What is there beside steps in which so many units are open."""
     accumulates: bool = False
     """Gradients of earlier micro-batches are alive in forward and backward."""
+    num_units: int = 0
+    """Of how many units the freeze rate keeps a share closed; 0 if the scheduler does not go by it."""
+
+    def fixed(self) -> FixedBytes:
+        """What is there beside the steps."""
+        return self.fixed_with(self.open_count)
+
+    def with_open(self, count: int) -> Budget:
+        """The same limit where ``count`` units are open in each step."""
+        return dataclasses.replace(self, open_count=count)
+
+    def update_fits(self) -> bool:
+        """Whether the optimizer's step fits; if not, no plan of forward and backward will do."""
+        fixed = self.fixed()
+        return fixed.total + fixed.update <= self.limit
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,10 @@ class Judged:
     step_peak_bytes: int
     """Upper bound for every choice of open units, above what is there before the step."""
     total_bytes: int
+
+
+Retry = Callable[[Config, Budget], tuple[Judged, StepTrace]]
+"""What a step takes with other settings or other open units: planned anew, and run dry."""
 
 
 def parse_bytes(text: str) -> int:
@@ -183,13 +207,11 @@ def _between(lower: Config, upper: Config) -> list[Config]:
     return [upper.with_codecs(maps[i]) for i in nearest]
 
 
-def judge(config: Config, trace: StepTrace, fixed: FixedBytes, open_count: int, *, accumulates: bool = False) -> Judged:
-    """What a step takes with the plan that ``trace`` was compiled from.
-
-    ``accumulates``: gradients of earlier micro-batches are alive all through it.
-    """
-    worst, _ = trace.worst(min(open_count, trace.num_gates))
-    earlier = fixed.gradients if accumulates else 0
+def judge(config: Config, trace: StepTrace, budget: Budget) -> Judged:
+    """What a step takes, with all that ``budget`` must cover, by the plan that ``trace`` was compiled from."""
+    fixed = budget.fixed()
+    worst, _ = trace.worst(min(budget.open_count, trace.num_gates))
+    earlier = fixed.gradients if budget.accumulates else 0
     return Judged(config, worst, fixed.total + max(earlier + worst, fixed.update))
 
 
@@ -209,44 +231,117 @@ def held_alone(plan: GraphPlan, budget: Budget) -> int:
     return fixed.total + (fixed.gradients if budget.accumulates else 0) + int(0.9 * held)
 
 
-def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None) -> str:
-    """Why nothing fits, the smallest peak that would (``best``, of ``trace``), and what would bring it down."""
-    fixed, open_count = budget.fixed(), budget.open_count
-    lines = [f"memory_budget: nothing fits into {format_bytes(budget.limit)}. {_takes(budget, best)}"]
-    room = budget.limit - fixed.total - (fixed.gradients if budget.accumulates else 0)
-    if room <= 0:
-        return lines[0] + ": parameters and optimizer state alone do not fit; use a smaller model or optimizer"
-    fewer = next((k for k in range(open_count - 1, 0, -1) if trace.worst(k)[0] <= room), None)
-    if fewer is not None:
-        rate = 1 - fewer / trace.num_gates
-        lines.append(f"a freeze rate of {rate:.3f} would fit ({fewer} open units instead of {open_count})")
-    if batch is not None and batch > 1:
-        gradients = trace.peak(()).end_bytes
-        per_example = max(1.0, (best.step_peak_bytes - gradients) / batch)
-        smaller = int((room - gradients) / per_example)
-        if smaller >= 1:
-            lines.append(f"a batch of about {min(smaller, batch - 1)} instead of {batch} would fit")
-    if best.config.preset != "max":
-        lines.append("preset 'max' stores activations in four bits")
-    if any(best.config.why_milder(kind) for kind in FALLBACK):
-        lines.append(f"a max_gradient_error above {best.config.max_gradient_error:g} allows codecs of fewer bits")
-    return "; ".join(lines)
+def explain(budget: Budget, best: Judged, trace: StepTrace, batch: int | None, retry: Retry) -> str:
+    """Why nothing fits, the smallest peak that would (``best``, of ``trace``), and what would bring it down.
+
+    What is said to fit, or to take less, was tried with ``retry``; only the batch is guessed along a straight line.
+    """
+    fixed = budget.fixed()
+    said = f"{_refusal(budget)} The smallest step takes {describe_step(budget, best)}"
+    if budget.limit <= fixed.total:
+        return said + ": parameters and optimizer state alone do not fit; use a smaller model or optimizer"
+    advice = [_higher_rate(budget, best, trace, retry)]
+    if budget.update_fits():
+        advice += [_smaller_batch(budget, best, batch), _preset_max(budget, best, retry), _more_error(best.config)]
+    else:
+        advice.append("no smaller batch and no preset helps: it is the optimizer's step that takes more than is left")
+    return "; ".join([said, *(text for text in advice if text)])
 
 
-def describe_excess(budget: Budget, best: Judged, batch: int | None) -> str:
-    """What is said when a model that is trained already meets a batch that no plan fits."""
-    which = "" if batch is None else f" with a batch of {batch}"
+def explain_part(budget: Budget, so_far: Judged) -> str:
+    """Why nothing fits, where only some of the graphs of a forward are known: no promises."""
     return (
-        f"slimfit_fx: memory_budget: nothing fits into {format_bytes(budget.limit)}{which}: training "
-        f"goes on with the smallest plan there is. {_takes(budget, best)}"
+        f"{_refusal(budget)} The forward breaks into several graphs; up to this one a step takes "
+        f"{describe_step(budget, so_far)}; what is behind it is not known. A higher freeze rate, a smaller batch or, "
+        "if it is not the preset already, 'max' brings it down"
     )
 
 
-def _takes(budget: Budget, best: Judged) -> str:
+def _higher_rate(budget: Budget, best: Judged, trace: StepTrace, retry: Retry) -> str:
+    """A freeze rate at which the smallest candidate fits, or nothing.
+
+    The plan for another rate is another plan: what the trace of this one promises is tried.
+    """
+    tried = budget
+    for _ in range(_RATES):
+        count = _most_open(tried, best.config, trace) if budget.num_units else 0
+        if not count:
+            break
+        rate, tried = rate_that_leaves(count, budget.num_units), tried.with_open(count)
+        judged, trace = retry(dataclasses.replace(best.config, freeze_rate=rate), tried)
+        if judged.total_bytes <= budget.limit:
+            return f"a freeze rate of {rate} would fit ({count} open units instead of {budget.open_count})"
+    return ""
+
+
+def _most_open(budget: Budget, config: Config, trace: StepTrace) -> int:
+    """The most units, fewer than now, with which the step of ``trace`` fits; 0 if there are none."""
+    counts = range(1, budget.open_count)
+    return bisect.bisect_right(
+        counts, budget.limit, key=lambda count: judge(config, trace, budget.with_open(count)).total_bytes
+    )
+
+
+def rate_that_leaves(count: int, num_units: int) -> float:
+    """The freeze rate of fewest digits that leaves just ``count`` (at least 1) of ``num_units`` units open.
+
+    Schedulers freeze ``int(rate * num_units)`` units: 3 of 101 are open at 0.98, and 4 at 0.970.
+    """
+    frozen = num_units - count
+    for digits in itertools.count(1):
+        first = -(-frozen * 10**digits // num_units)
+        for numerator in (first, first + 1):  # the float nearest to a quotient may lie below it
+            if int(numerator / 10**digits * num_units) == frozen:
+                return numerator / 10**digits
+    raise AssertionError("some number of digits does")
+
+
+def _smaller_batch(budget: Budget, best: Judged, batch: int | None) -> str:
+    """About how many examples fit if all but the gradients grows with the batch; nothing if that is not even one."""
+    if batch is None or batch <= 1:
+        return ""
+    fixed = budget.fixed()
+    room = budget.limit - fixed.total - (fixed.gradients if budget.accumulates else 0)
+    per_example = max(1.0, (best.step_peak_bytes - fixed.gradients) / batch)
+    smaller = min(int((room - fixed.gradients) / per_example), batch - 1)
+    if smaller < 1:
+        return ""
+    return f"a batch of about {smaller} instead of {batch} would fit (slimfit_fx.max_batch finds the largest)"
+
+
+def _preset_max(budget: Budget, best: Judged, retry: Retry) -> str:
+    """What preset max would take, if that is less."""
+    if best.config.preset == "max":
+        return ""
+    judged, _ = retry(dataclasses.replace(best.config, preset="max"), budget)
+    if judged.total_bytes >= best.total_bytes:
+        return ""
+    less = f"{format_bytes(judged.total_bytes)}, {format_bytes(best.total_bytes - judged.total_bytes)} less"
+    fits = "would fit: it" if judged.total_bytes <= budget.limit else "alone does not do, but"
+    return f"preset 'max' (activations in four bits) {fits} takes {less}"
+
+
+def _more_error(config: Config) -> str:
+    if not any(config.why_milder(kind) for kind in FALLBACK):
+        return ""
+    return f"a max_gradient_error above {config.max_gradient_error:g} allows codecs of fewer bits"
+
+
+def describe_excess(budget: Budget, best: Judged, batch: int | None) -> str:
+    """What is said when a model that is trained already meets what no plan fits: a batch, or an optimizer."""
+    which = "" if batch is None else f" with a batch of {batch}"
+    return (
+        f"slimfit_fx: memory_budget: nothing fits into {format_bytes(budget.limit)}{which}: training "
+        f"goes on with the smallest plan there is. The smallest step takes {describe_step(budget, best)}"
+    )
+
+
+def describe_step(budget: Budget, best: Judged) -> str:
+    """The bytes of a step and what they are made of."""
     fixed = budget.fixed()
     earlier = fixed.gradients if budget.accumulates else 0
     text = (
-        f"The smallest step takes {format_bytes(best.total_bytes)} ({best.total_bytes} bytes): "
+        f"{format_bytes(best.total_bytes)} ({best.total_bytes} bytes): "
         f"{format_bytes(fixed.parameters + fixed.buffers)} parameters and buffers, "
         f"{format_bytes(fixed.optimizer_state)} optimizer state"
     )
@@ -256,6 +351,10 @@ def _takes(budget: Budget, best: Judged) -> str:
         return f"{text}, {format_bytes(fixed.update)} in the optimizer's step ({best.config.label})"
     accumulated = f", {format_bytes(earlier)} accumulated gradients" if earlier else ""
     return f"{text}{accumulated}, {format_bytes(best.step_peak_bytes)} in the step itself ({best.config.label})"
+
+
+def _refusal(budget: Budget) -> str:
+    return f"memory_budget: nothing fits into {format_bytes(budget.limit)}."
 
 
 def format_bytes(size: int) -> str:

@@ -6,11 +6,12 @@
 
 Nothing is computed: a dispatch mode adds up the tensors that the optimizer's own code makes and lets go of. So whatever
 ``torch.optim`` does counts (one parameter at a time, ``foreach``, ``fused``), and optimizers of others that are made of
-torch's operators.
+torch's operators. Matrix products (Muon has some) need room for themselves besides, as in a step (workspaces.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,8 +25,11 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from slimfit_fx.planning.blocks import TensorSpec
+from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
 from slimfit_fx.schedule import distance_parts_of_all, sample_stride, take_sample
 
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _SCALARS = 64
 """Bytes: numbers that torch wraps into tensors for the length of a call."""
 log = logging.getLogger("slimfit_fx.planning")
@@ -86,9 +90,12 @@ def _measuring_bytes(params: Sequence[Tensor], metric: Any, most: int | None) ->
     return count_bytes(lambda: distance_parts_of_all(befores, afters, metric=metric, device=device))
 
 
-def count_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes in tensors that ``function`` makes, on meta tensors, at any moment. Its result is among them."""
-    with _Counter() as counter:
+def count_bytes(function: Callable[[], Any], device: torch.device | None = None) -> int:
+    """The most bytes in tensors that ``function`` makes, on meta tensors, at any moment. Its result is among them.
+
+    ``device``: where it would run; what matrix products take for themselves there is counted, too.
+    """
+    with _Counter(device) as counter:
         result = function()
     del result
     return counter.most
@@ -96,6 +103,7 @@ def count_bytes(function: Callable[[], Any]) -> int:
 
 def _simulated(optimizer: Optimizer, wanted: Collection[int], begun: bool) -> UpdateMemory:
     replica, params = _replica(optimizer, begun)
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without the hooks of all optimizers
     for param in params.values():
         param.grad = torch.empty_like(param)
@@ -106,7 +114,7 @@ def _simulated(optimizer: Optimizer, wanted: Collection[int], begun: bool) -> Up
     for key, param in params.items():
         if key not in wanted or key in in_place:
             param.grad = None
-    return UpdateMemory(state, count_bytes(lambda: step(replica)) + _SCALARS)
+    return UpdateMemory(state, count_bytes(lambda: step(replica), device) + _SCALARS)
 
 
 def _replica(optimizer: Optimizer, begun: bool) -> tuple[Optimizer, dict[int, Tensor]]:
@@ -174,12 +182,13 @@ class _NumbersAtHand(TorchDispatchMode):
 class _Counter(_NumbersAtHand):
     """Adds up the storages of tensors that are made while it is on, as long as somebody holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         super().__init__()
         self.most = 0
         self._made = 0
         """Bytes in ``_alive``, where some may be gone by now."""
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._device = torch.device("cpu") if device is not None and device.type == "meta" else device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
@@ -188,11 +197,27 @@ class _Counter(_NumbersAtHand):
             if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in known:
                 self._made += storage.nbytes() - self._alive.get(storage._cdata, (None, 0))[1]
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if self._made > self.most:
+        inside = 0 if self._device is None else _product_bytes(func, args, kwargs or {}, self._device)
+        if self._made + inside > self.most:
             self._let_go()
-            self.most = max(self.most, self._made)
+            self.most = max(self.most, self._made + inside)
         return result
 
     def _let_go(self) -> None:
         for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
             self._made -= self._alive.pop(key)[1]
+
+
+def _product_bytes(func: Any, args: Any, kwargs: Any, device: torch.device) -> int:
+    """What a matrix product of meta tensors would take for itself on ``device``; 0 for any other operator."""
+    name = func._schema.name
+    if name not in _PRODUCTS:
+        return 0
+
+    def spec(leaf: Any) -> Any:
+        return dataclasses.replace(TensorSpec.of(leaf), device=device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = tree_map(spec, (args, kwargs))
+    with _disable_current_modes():
+        found = call_memory(name, func, args, kwargs)
+        return workspace_bytes(name, func, args, kwargs) if found is None else found.workspace_bytes
