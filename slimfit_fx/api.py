@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 import weakref
@@ -21,10 +22,16 @@ from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
 from slimfit_fx.rehearsal import CAN_ISOLATE, Rehearsal, caused_by, traceable
 from slimfit_fx.runtime.shapes import ShapeWatch
-from slimfit_fx.session import Session
+from slimfit_fx.session import Session, latest_graphs
 from slimfit_fx.units import FoundUnits, find_units
 
 log = logging.getLogger("slimfit_fx")
+_EVAL_BACKENDS = {"inductor": "inductor", "interpreter": "eager"}
+"""What ``compile_eval`` compiles with: no compiler is asked for where the interpreter is used."""
+_MOST_NAMED = 4
+"""Units that a message names before it only counts them."""
+_NO_GRADIENT = "it receives no gradient in this graph"
+"""As passes/describe_plan.py says it."""
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
@@ -154,16 +161,76 @@ def _executor(model: nn.Module, config: Config) -> str:
     return "interpreter"
 
 
-def _warn_if_nothing_captured(current: Session) -> None:
+def _warn_if_nothing_captured(model: nn.Module, current: Session) -> None:
     """Dynamo may skip a whole forward without a word; training is then right, but neither gated nor compressed."""
     if not current.compiles and not current.warned:
         current.warned = True
         warnings.warn(
-            "slimfit_fx: torch.compile captured no graph of this model's forward: it trains uncompressed. "
+            f"slimfit_fx: torch.compile captured no graph of {_place_of(model)}: it trains uncompressed. "
             "TORCH_LOGS=dynamo tells why",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
+
+
+def _place_of(model: nn.Module) -> str:
+    """The forward of ``model`` and where it is written."""
+    name, code = f"{type(model).__name__}.forward", getattr(inspect.unwrap(model.forward), "__code__", None)
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+class _UngatedUnits:
+    """Says once which units have a gradient but no gate: theirs is computed whatever is frozen, and then dropped.
+
+    Another graph of the model may still give a unit its gate, so nothing is said before the first optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self._began: int | None = None
+        self._said = False
+
+    def look(self, current: Session) -> None:
+        """Called before each training forward."""
+        if self._said or not current.compiles:
+            return
+        self._began = current.steps if self._began is None else self._began
+        if current.steps == self._began:
+            return
+        self._said = True
+        found = _ungated(current)
+        if found:
+            log.warning(
+                "%d of %d units have no gate: their gradients are computed in every step, and dropped while they are "
+                "frozen: %s",
+                len(found),
+                len(current.gates.names),
+                "; ".join(_listed(names, reason) for reason, names in _by_reason(found).items()),
+            )
+
+
+def _ungated(current: Session) -> dict[str, str]:
+    """Unit -> why no graph that gives it a gradient has a gate for it."""
+    gated: set[str] = set()
+    why: dict[str, str] = {}
+    for graph in latest_graphs(current.backend.graphs):
+        if graph.plan is None or graph.plan.fallback is not None:
+            continue  # not known, or told already
+        gated |= {graph.unit_names[gate] for gate in graph.plan.gated}
+        why |= {
+            graph.unit_names[int(what.removeprefix("gate "))]: reason
+            for what, reason in graph.plan.refusals
+            if what.startswith("gate ") and reason != _NO_GRADIENT
+        }
+    return {name: reason for name, reason in why.items() if name not in gated}
+
+
+def _by_reason(found: dict[str, str]) -> dict[str, list[str]]:
+    return {reason: [name for name, why in found.items() if why == reason] for reason in dict.fromkeys(found.values())}
+
+
+def _listed(names: list[str], reason: str) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"{', '.join(names[:_MOST_NAMED])}{more} ({reason})"
 
 
 def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
@@ -173,8 +240,10 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     def compile_model() -> Callable[..., Any]:
         return torch.compile(traceable(model), backend=current.backend, dynamic=current.config.dynamic, **own)
 
-    evaluated: Callable[..., Any] = torch.compile(traceable(model)) if current.config.compile_eval else model._call_impl
-    training, captured, shapes = compile_model(), True, ShapeWatch()
+    evaluated: Callable[..., Any] = model._call_impl
+    if current.config.compile_eval:
+        evaluated = torch.compile(traceable(model), backend=_EVAL_BACKENDS[current.executor], **own)
+    training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), _UngatedUnits()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
@@ -190,11 +259,12 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     def train(*args: Any, **kwargs: Any) -> Any:
         nonlocal training, captured
         current.before_forward()
+        ungated.look(current)
         if current.config.dynamic is None:
             shapes.look(args, kwargs)
         try:
             result = run(*args, **kwargs)
-            _warn_if_nothing_captured(current)
+            _warn_if_nothing_captured(model, current)
             return result
         except torch._dynamo.exc.TorchDynamoException as error:
             over = caused_by(error, MemoryBudgetError)
@@ -202,10 +272,10 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
                 raise over from None
             if current.config.strict or not captured:
                 raise
-            reason = f"slimfit_fx: this model cannot be captured and trains uncompressed: {error}"
+            reason = f"slimfit_fx: {_place_of(model)} cannot be captured and trains uncompressed: {error}"
         result = model._call_impl(*args, **kwargs)  # an error of the user's own is raised here, and settles nothing
-        warnings.warn(reason, RuntimeWarning, stacklevel=3)
-        training, captured = model._call_impl, False
+        warnings.warn(reason, RuntimeWarning, stacklevel=4)
+        training, captured, current.warned = model._call_impl, False, True
         return result
 
     by_itself = torch.compiler.disable(train, reason="slimfit_fx compiles this model itself")

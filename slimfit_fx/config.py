@@ -60,14 +60,15 @@ class Config:
     dynamic: bool | None = None
     """As in ``torch.compile``."""
     compile_eval: bool = False
-    """Compile evaluation as well (plainly); otherwise it runs eagerly."""
+    """Compile evaluation as well (plainly; where the interpreter is used, without Inductor); else it runs eagerly."""
     distance: str = "relative_mean"
     """How far a unit moved: ``"relative_mean"`` or ``"relative_norm"``."""
     distance_sample: int | None = _OF_THE_PRESET
     """Elements of each tensor, at most, that this is measured on, evenly spaced; None: all of them. Default: 65536, and
     None if preset is ``"paper"``. It is settled when the object is made: ``replace(config, preset=...)`` keeps it."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
-    """NaN-filled tensors for ghosts, and graphs logged around each pass. Default: ``SLIMFIT_FX_DEBUG``."""
+    """NaN-filled tensors for ghosts, and graphs logged after each pass, at level INFO of the logger
+    ``slimfit_fx.passes.graphs``. Default: on if the environment variable ``SLIMFIT_FX_DEBUG`` is set, and not to 0."""
     strict: bool = False
     """An internal failure raises instead of leaving that graph uncompressed with a warning."""
     disabled_passes: tuple[str, ...] = ()

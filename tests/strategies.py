@@ -343,7 +343,7 @@ def inputs(spec: Spec, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def specs(
-    draw: st.DrawFn, *, sizes: tuple[str, ...] = ("static", "static", "static", "batch"), max_layers: int = 4
+    draw: st.DrawFn, *, sizes: tuple[str, ...] = ("static", "static", "static", "batch", "all"), max_layers: int = 4
 ) -> Spec:
     """Small valid models, some of identical blocks; shrinks towards one linear layer with static sizes."""
     layers = tuple(draw(st.lists(st.sampled_from(tuple(LAYERS)), min_size=1, max_size=max_layers)))

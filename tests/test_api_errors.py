@@ -235,6 +235,29 @@ def test_a_refused_model_is_left_as_it_was():
         slimfit_fx.session(model)
 
 
+def test_without_a_compiler_it_warns_and_uses_the_interpreter(monkeypatch):
+    monkeypatch.setattr("slimfit_fx.api.has_compiler", lambda device: f"no C++ compiler for {device}")
+    said = "slimfit_fx: no C\\+\\+ compiler for cpu; the interpreter is used: same memory plan, slower steps"
+    with pytest.warns(RuntimeWarning, match=said) as told:
+        model = slimfit_fx.optimize(mlp())
+    assert [w.filename for w in told] == [__file__], "one warning, at the call of optimize"
+    assert slimfit_fx.session(model).executor == "interpreter"
+    assert slimfit_fx.session(model).config.executor == "inductor", "what was asked for"
+
+
+@pytest.mark.parametrize(("executor", "missing"), [("inductor", None), ("interpreter", "no C++ compiler")])
+def test_nothing_is_said_of_the_executor_that_was_asked_for(monkeypatch, recwarn, executor, missing):
+    monkeypatch.setattr("slimfit_fx.api.has_compiler", lambda device: missing)
+    model = slimfit_fx.optimize(mlp(), executor=executor)
+    assert slimfit_fx.session(model).executor == executor and not recwarn.list
+
+
+def test_a_budget_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("slimfit_fx.api.has_compiler", lambda device: "no C++ compiler")
+    with refused("memory_budget needs executor 'inductor', whose code tells the peak, but here is no C"):
+        slimfit_fx.optimize(mlp(), memory_budget="1GiB")
+
+
 # ---- session and restore
 
 

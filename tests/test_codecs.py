@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import cosine, optimized, step
+from small_models import Tiny, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from slimfit_fx.codecs import Codec, TopK, ValueSpec, codec_names, get_codec, register_codec
+from slimfit_fx.codecs import base as codecs_base
 from slimfit_fx.codecs.groupwise import PackedInt, group_layout
 
 GROUPWISE = ("int8", "int4", "int2")
@@ -357,6 +360,35 @@ def test_register_codec_checks_its_argument() -> None:
         register_codec(Impostor())
     with pytest.raises(ValueError, match="non-empty string"):
         register_codec(Impostor(label=""))
+
+
+def test_a_registered_codec_stores_what_its_kind_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Rounded(Codec):
+        """fp32 as bf16."""
+
+        name = "rounded"
+
+        def refuses(self, spec: ValueSpec) -> str | None:
+            return "no float" if spec.dtype != torch.float32 else None
+
+        def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (x.bfloat16(),)
+
+        def decode(self, parts: tuple[Tensor, ...], spec_dtype: torch.dtype, inner: int) -> Tensor:
+            return parts[0].to(spec_dtype)
+
+        def encoded_bytes(self, spec: ValueSpec) -> Any:
+            return 2 * spec.rows * spec.inner
+
+    monkeypatch.setattr(codecs_base, "_REGISTRY", dict(codecs_base._REGISTRY))
+    register_codec(Rounded())
+    exact, _ = optimized(Tiny(depth=1), preset="exact", scheduler="none")
+    model, session = optimized(Tiny(depth=1), scheduler="none", codecs={"gelu_input": "rounded"})
+    (expected_loss, expected), (loss, grads) = step(exact, exact, tokens()), step(model, model, tokens())
+    (row,) = (row for row in session.plan.rows if row.kind == "gelu_input")
+    assert (row.codec, row.decision, row.bytes_open) == ("rounded", "codec", row.bytes_before // 2)
+    assert torch.equal(expected_loss, loss) and 0.999 < cosine(expected, grads) < 1
 
 
 @pytest.mark.parametrize("name", ALL)

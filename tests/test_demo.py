@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 
 import pytest
 import torch
+from small_models import Tiny, tokens
+from typer.testing import CliRunner
 
 for needed in ("matplotlib", "sklearn", "transformers", "tokenizers"):
     pytest.importorskip(needed)
 
+from slimfit_fx.cli import app  # noqa: E402
 from slimfit_fx.demo import compare, pictures, run, tasks, text  # noqa: E402
 from slimfit_fx.demo.data import Examples, batches, digits  # noqa: E402
-from slimfit_fx.demo.training import Outcome, Recipe  # noqa: E402
+from slimfit_fx.demo.training import Outcome, Recipe, Task  # noqa: E402
 from slimfit_fx.runtime.measure import StepMemory, step_memory  # noqa: E402
 
 MB = 10**6
@@ -163,12 +167,19 @@ def test_both_models_start_alike():
 
 
 def test_comparison_states_every_figure():
-    plain = make_outcome("torch.compile", 300 * MB, accuracy=0.97)
-    slim = make_outcome("slimfit_fx", 100 * MB, accuracy=0.965, frozen_share=0.9, step_ms=9.0)
+    plain = make_outcome("torch.compile", 300 * MB, accuracy=0.97, recompiles=2)
+    slim = make_outcome("slimfit_fx", 100 * MB, accuracy=0.965, frozen_share=0.9, step_ms=9.0, first_step_s=2.0)
     lines = compare.comparison(plain, slim).splitlines()
-    table = {line[:13].strip(): line.split()[-4:] for line in lines if line}
-    assert "97.0%" in table["test accuracy"] and "-0.5" in table["test accuracy"]
-    assert "300.0" in " ".join(lines) and "3.0x smaller" in " ".join(lines) and "x 0.90" in " ".join(lines)
+    table = dict((cells[0], cells[1:]) for cells in (re.split(r"\s{2,}", line.strip()) for line in lines[2:8]))
+    assert table == {
+        "test accuracy": ["97.0%", "96.5%", "-0.5 points"],
+        "step peak, MB": ["300.0", "100.0", "3.0x smaller"],
+        "step time, ms": ["10", "9", "x 0.90"],
+        "first step, s": ["1", "2", "compiles"],
+        "share frozen": ["0%", "90%", "of the units, in each step"],
+        "recompiles": ["2", "0", "after the first step"],
+    }
+    assert lines[0].split() == ["torch.compile", "slimfit_fx"] and "worst of 3 steps" in lines[-2]
 
 
 def test_layers_are_found_in_unit_names():
@@ -184,6 +195,39 @@ def test_run_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_NEEDED", {"no_such_module": "no-such-package"})
     with pytest.raises(ModuleNotFoundError, match=r"no-such-package: pip install 'slimfit-fx\[text\]'"):
         run(text=True, out=tmp_path)
+
+
+@pytest.mark.parametrize(("arguments", "task"), [((), "digits"), (("--text",), "docstrings")])
+def test_the_command_trains_prints_and_draws(arguments, task, tmp_path, monkeypatch):
+    """The whole of ``slimfit-fx demo``, but for data, training and drawing."""
+    recipe, trained, drawn = Recipe(1, 4, 1e-3, 1), [], []
+
+    def one_step(name, model, forward, task, *, gates=None):
+        trained.append(name)
+        if gates is not None:
+            forward(*tokens()).backward()
+        return make_outcome(name, (300 if gates is None else 100) * MB)
+
+    for kind in ("digits", "docstrings"):
+        made = Task(f"the task of {kind}", lambda: Tiny(depth=0), None, None, recipe)
+        monkeypatch.setattr(tasks, f"{kind}_task", lambda made=made: made)
+    for picture in ("gates", "memory"):
+        monkeypatch.setattr(pictures, f"draw_{picture}", lambda *given: drawn.append(given[-1]))
+    monkeypatch.setattr(compare, "fine_tune", one_step)
+    monkeypatch.setattr(compare, "has_compiler", lambda device: "no compiler")
+    result = CliRunner().invoke(app, ["demo", *arguments, "--out", str(tmp_path / "pictures")])
+    assert result.exit_code == 0, result.output
+    assert trained == ["torch.compile", "slimfit_fx"]
+    assert drawn == [tmp_path / "pictures" / name for name in ("gates.png", "memory.png")]
+    for part in (f"the task of {task}", "1 steps of 4 examples", "Memory plan of one training step", "share frozen"):
+        assert part in result.stdout
+    assert "3.0x smaller" in result.stdout and all(str(path) in result.stdout for path in drawn)
+
+
+def test_the_command_refuses_a_file_for_its_pictures(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2 and "slimfit-fx: --out must be a folder" in result.stderr
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, caplog):

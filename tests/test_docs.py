@@ -1,4 +1,4 @@
-"""The snippets of docs/training.md run as they stand there; docs/compatibility.md names tests that exist."""
+"""The examples of the pages run as they stand there; docs/compatibility.md names tests that exist."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import Tiny, tokens
 from torch import nn
 
 import slimfit_fx
 import slimfit_fx.api
+import slimfit_fx.codecs.base
+import slimfit_fx.schedule.base
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 TESTS = pathlib.Path(__file__).parent
@@ -101,6 +104,101 @@ def test_the_snippets_run(heading, tmp_path, monkeypatch):
             exec(compile(block, f"{heading}, snippet {number}", "exec"), space)
     trained = space["module"].net if heading == "Lightning" else space.get("adapted", space["model"])
     assert slimfit_fx.session(trained).steps > 0
+
+
+# ---- the other pages
+
+
+def examples_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS.parent / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def registries_of_its_own(monkeypatch):
+    """What an example registers is forgotten after the test."""
+    for registry in (slimfit_fx.schedule.base, slimfit_fx.codecs.base):
+        known = {name: value for name, value in registry._REGISTRY.items() if name not in ("top_blocks", "half")}
+        monkeypatch.setattr(registry, "_REGISTRY", known)
+
+
+def run_example(page: str, part: str, space: dict[str, Any]) -> None:
+    (example,) = (block for block in examples_of(page) if part in block)
+    exec(compile(example, f"{page}, {part}", "exec"), space)
+
+
+def trained(model: nn.Module, steps: int = 3) -> slimfit_fx.Session:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for number in range(steps):
+        model(*tokens(number, batch=64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return slimfit_fx.session(model)
+
+
+@pytest.mark.usefixtures("registries_of_its_own")
+def test_the_scheduler_of_its_page_trains_the_last_units(monkeypatch):
+    monkeypatch.setattr(slimfit_fx.api, "_executor", lambda model, config: "interpreter")
+    space = {"model": Tiny(depth=1)}
+    run_example("docs/schedulers.md", "class TopBlocks", space)
+    session = trained(space["model"])
+    assert isinstance(session.scheduler, space["TopBlocks"]) and session.scheduler.open_count == 1
+    assert [opened for _, opened in session.gates.history] == [frozenset(session.gates.names[-1:])] * 3
+    session.scheduler.step = 100
+    assert session.scheduler.select() == frozenset(session.gates.names[-2:])
+
+
+def test_a_resumed_run_as_the_page_of_schedulers_has_it(tmp_path, monkeypatch):
+    model = slimfit_fx.optimize(Tiny(depth=0), executor="interpreter", units="*.weight")
+    session, optimizer = trained(model), torch.optim.AdamW(model.parameters())
+    state, path = session.state_dict(), tmp_path / "checkpoint"
+    run_example("docs/schedulers.md", "load_state_dict", locals() | {"slimfit_fx": slimfit_fx, "torch": torch})
+    assert torch.load(path)["slimfit_fx"] == state == session.state_dict() and session.steps == 3
+
+
+@pytest.mark.usefixtures("registries_of_its_own")
+@pytest.mark.parametrize(
+    ("part", "stored"),
+    [
+        ("max_gradient_error", {"float": "int8"}),
+        ("gelu_input", {"gelu_input": "int4", "normalised": None, "float": "int8"}),
+        ("class Half", {"float": "half", "gelu_input": "half"}),
+    ],
+)
+def test_the_examples_of_the_page_of_codecs_run(part, stored, monkeypatch):
+    monkeypatch.setattr(slimfit_fx.api, "_executor", lambda model, config: "interpreter")
+    space = {"model": Tiny(depth=1), "slimfit_fx": slimfit_fx}
+    run_example("docs/codecs.md", part, space)
+    session = trained(space["model"], steps=1)
+    assert {kind: session.config.codec_map[kind] for kind in stored} == stored
+    used = {row.kind: row.codec for row in session.plan.rows if row.decision.startswith("codec")}
+    assert all(used[kind] == name for kind, name in stored.items() if kind in used) and used.keys() & stored.keys()
+    assert not any(note.startswith("graph") for note in session.plan.notes)
+
+
+@pytest.mark.parametrize("part", ["for batch in loader", "SlimFitCallback", "slimfit_fx.plan"])
+def test_the_examples_of_the_readme_run(part, tmp_path, monkeypatch):
+    """Its names of weights on the hub and of data stand for a tiny model and its batches."""
+    monkeypatch.setattr(slimfit_fx.api, "_executor", lambda model, config: "interpreter")
+    space, printed = parts("README", tmp_path), []
+    space |= {
+        "AutoModelForSequenceClassification": types.SimpleNamespace(from_pretrained=lambda name: bert()),
+        "TrainingArguments": lambda out: space["arguments"],
+        "batch": next(iter(space["loader"])),
+        "print": printed.append,
+    }
+    run_example("README.md", part, space)
+    assert ("Memory plan of one training step" in "".join(map(str, printed))) == (part != "SlimFitCallback")
+    if part == "SlimFitCallback":
+        assert slimfit_fx.session(space["model"]).steps == 2
+    else:
+        assert slimfit_fx.api.find_session(space["model"]) is None
+
+
+def test_every_example_of_these_pages_is_run():
+    assert [len(examples_of(page)) for page in ("README.md", "docs/schedulers.md", "docs/codecs.md")] == [3, 2, 3]
+
+
+# ---- what works together with what
 
 
 def test_the_page_of_what_works_names_tests_that_exist():

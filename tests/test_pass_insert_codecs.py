@@ -10,11 +10,13 @@ from small_models import Tiny, tokens
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 
-from slimfit_fx.codecs import Codec, get_codec
+from slimfit_fx.codecs import Codec, codec_names, get_codec
+from slimfit_fx.graph import ops
 from slimfit_fx.passes.insert_codecs import ENCODED, insert_codecs
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.planning.planner import Decision
+from slimfit_fx.presets import FALLBACK
 
 
 def split(model, batch, **settings) -> Bench:
@@ -137,7 +139,7 @@ def within_bound(codec: Codec, exact: Tensor, found: Tensor) -> None:
     assert not torch.equal(found, exact), "a lossy codec that loses nothing was not there"
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int2", "fixed_int8", "fixed_uint8"])
+@pytest.mark.parametrize("name", sorted(set(codec_names()) - {"bits"}))
 def test_what_comes_back_is_within_the_bound_of_its_codec(name):
     seam = crossing(get_codec(name))
     insert(seam)
@@ -146,6 +148,37 @@ def test_what_comes_back_is_within_the_bound_of_its_codec(name):
     product, double = seam.backward(*parts, torch.ones(16, 32))
     within_bound(get_codec(name), 2.0 * x, product)
     assert torch.equal(double, product + product)
+
+
+class Views(nn.Module):
+    """Two products read one hidden value (24, 8), each as another view of it; both views are read in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.left, self.right = nn.Linear(16, 8), nn.Linear(24, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one(x)
+        return self.left(hidden.t()).square().mean() + self.right(hidden.view(48, 4)).square().mean()
+
+
+def test_two_views_of_one_storage_are_stored_once():
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+    bench = split(Views(), (x,), preset="balanced")
+    backward = bench.work.pair().backward.graph
+    crossing = [v for v in saved(bench.work.pair()) if v.op != "placeholder"]
+    (hidden,) = (v for v in crossing if v.meta["val"].numel() == 24 * 8)
+    assert sum(ops.view_base(v) is ops.view_base(hidden) for v in crossing) == 1
+    views = {n for n in backward.nodes if n.op == "call_function" and ops.view_base(n).name == hidden.name}
+    assert {tuple(n.meta["val"].shape) for n in views} >= {(48, 4), (8, 24)}
+    expected = run_pair(bench.work.pair())
+    assert bench.run("insert_codecs") > 0
+    stored = [v.meta[ENCODED] for v in saved(bench.work.pair()) if ENCODED in v.meta]
+    assert stored.count((hidden.name, 0)) == 1 and len(set(stored)) == len(stored)
+    assert not any(v.meta["val"].numel() == 24 * 8 and ENCODED not in v.meta for v in saved(bench.work.pair()))
+    outputs, grads = run_pair(bench.work.pair())
+    assert unequal(expected[0], outputs) == [] and cosine(dict(enumerate(expected[1])), dict(enumerate(grads))) > 0.999
 
 
 class Masks(nn.Module):
@@ -174,9 +207,22 @@ def sizes(bench: Bench) -> int:
     return sum(val.numel() * val.element_size() for val in values)
 
 
-@pytest.mark.parametrize(("preset", "least"), [("balanced", 0.999), ("max", 0.98), ("paper", 0.98)])
-def test_forward_is_untouched_and_gradients_are_close(preset, least):
-    bench = split(Tiny(depth=1), tokens(), preset=preset)
+@pytest.mark.parametrize(
+    ("preset", "codecs", "least"),
+    [
+        ("balanced", {}, 0.999),
+        ("max", {}, 0.98),
+        ("paper", {}, 0.98),
+        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int8-sr"), 0.999),
+        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int4-sr"), 0.98),
+        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int2-sr"), 0.9),
+        ("balanced", {"float": "topk", "normalised": "topk"}, 0.7),
+        ("balanced", {"gelu_input": "fixed_gelu4"}, 0.98),
+    ],
+    ids=["balanced", "max", "paper", "int8-sr", "int4-sr", "int2-sr", "topk", "fixed_gelu4"],
+)
+def test_forward_is_untouched_and_gradients_are_close(preset, codecs, least):
+    bench = split(Tiny(depth=1), tokens(), preset=preset, codecs=codecs)
     before, (expected_outputs, expected) = sizes(bench), run_pair(bench.work.pair())
     assert bench.run("insert_codecs") > 3
     outputs, grads = run_pair(bench.work.pair())

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import optimized
+from small_models import Tiny, tokens
 
 from slimfit_fx.schedule import (
     InterLayerScheduler,
@@ -329,6 +331,22 @@ def test_own_scheduler_needs_select_only():
     register_scheduler("top_blocks", TopBlocks)
     register_scheduler("top_blocks", TopBlocks)  # again: fine
     assert run(started("top_blocks", 5, 0.6), 2) == [{"layer.3.weight", "layer.4.weight"}] * 2
+
+
+def test_a_registered_scheduler_decides_what_trains():
+    register_scheduler("top_blocks", TopBlocks)
+    model, session = optimized(Tiny(depth=1), scheduler="top_blocks", freeze_rate=0.8)
+    last = frozenset(session.gates.names[-session.scheduler.open_count :])
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for number in range(3):
+        model(*tokens(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(before[name], param)}
+    assert moved == last | {name for name, _ in session.always_training}
+    assert [opened for _, opened in session.gates.history] == [last] * 3
+    assert (session.compiles, session.scheduler.step) == (1, 2), "it hears of the third step at the next forward"
 
 
 def test_register_refuses_nonsense():

@@ -7,19 +7,25 @@ import gc
 import itertools
 import json
 import pickle
+import types
 import warnings
 import weakref
 from typing import Any
 
+import hf_models
 import pytest
 import torch
-from reference import compile_reference, differences, equal_bits, optimized, step, unchanged_configuration
+from reference import compile_reference, cosine, differences, equal_bits, optimized, step, unchanged_configuration
 from small_models import BATCH, LENGTH, Tiny, optimizer_state, same_state, tokens
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 import slimfit_fx
+import slimfit_fx.api
+from bench.measure import step_peak
+from slimfit_fx.capture.captured import CapturedGraph
+from slimfit_fx.planning.rows import GraphPlan
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -133,6 +139,40 @@ def test_a_run_resumed_at_step_100_equals_200_steps():
     torch.set_rng_state(random_state)
     assert train(again, other, range(100, 200)) == losses
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- plans without a step
+
+
+def large(batch: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations of some 90 MB."""
+    return tokens(0, batch, 16)
+
+
+def larger_than_any_machine(**where) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations of some 15 TB; the inputs themselves are views of one element, or on the meta device."""
+    one = torch.zeros(1, dtype=torch.long, **where)
+    return one.expand(5_000_000, 512), one.expand(5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "least_mb"),
+    [(large, 50), (larger_than_any_machine, 10_000_000), (lambda: larger_than_any_machine(device="meta"), 10_000_000)],
+    ids=["large", "larger than any machine", "on meta"],
+)
+def test_a_plan_takes_no_memory_for_activations(inputs, least_mb):
+    batch, made = inputs(), []
+    took = step_peak(lambda: made.append(slimfit_fx.plan(Tiny(depth=1), *batch))).peak_bytes
+    assert took < 10**6
+    totals = made[0].totals()
+    assert totals.torch_compile_saved > least_mb * 10**6 and totals.saved_open > 0.02 * totals.torch_compile_saved
+
+
+def test_a_step_of_that_plan_takes_what_the_plan_says():
+    """What the test above calls large is: eager allocates it."""
+    net, batch = Tiny(depth=1), large()
+    took = step_peak(lambda: net(*batch), backward=lambda loss: loss.backward()).peak_bytes
+    assert took > 50 * 10**6
 
 
 # ---- forwards and backwards in every order
@@ -505,12 +545,81 @@ def test_evaluation_between_forward_and_backward():
     assert differences(expected, grads_of(model), closed=session.gates.closed) == []
 
 
-def test_compile_eval():
-    model, session = optimized(Tiny(), compile_eval=True)
-    model.eval()
+@pytest.mark.parametrize(("executor", "by_inductor"), [("interpreter", 0), ("inductor", 1)])
+def test_compile_eval(monkeypatch, executor, by_inductor):
+    """Evaluation is compiled once, and Inductor is asked for nothing where the interpreter is used."""
+    asked = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: asked.append(gm) or gm.forward)
+    monkeypatch.setattr(slimfit_fx.api, "has_compiler", lambda device: None)
+    torch._dynamo.utils.counters.clear()
+    model, session = optimized(Tiny(), executor=executor, compile_eval=True)
+    data, _ = tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens()[0]), Tiny().eval()(tokens()[0]))
-    assert session.compiles == 0
+        for _ in range(2):
+            torch.testing.assert_close(model.eval()(data), Tiny().eval()(data))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (session.executor, len(asked), session.compiles) == (executor, by_inductor, 0)
+
+
+def test_compile_eval_and_training_compile_one_graph_each():
+    model, session = optimized(Tiny(), compile_eval=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch._dynamo.utils.counters.clear()
+    for number in range(3):
+        train(model.train(), optimizer, [number])
+        plain = Tiny().eval()
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(model.eval()(tokens()[0]), plain(tokens()[0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert (session.compiles, session.recompiles) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.thorough)])
+def test_generate_gives_the_same_tokens_and_compiles_nothing(name):
+    pytest.importorskip("transformers")
+    size = {"n_layer" if name == "gpt2" else "num_hidden_layers": 1}
+    model, session = optimized(hf_models.build(name, **size), freeze_rate=0.5)
+    plain, batch = hf_models.build(name, **size), hf_models.batch(name)
+    optimizer, graphs = torch.optim.AdamW(model.parameters(), lr=1e-2), 0
+
+    def generated(net):
+        torch.manual_seed(2)
+        prompt = batch["input_ids"][:, :5]
+        return net.eval().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=True)
+
+    for number in range(2):
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(generated(model), generated(plain))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+        step(model.train(), model, batch, seed=number)
+        optimizer.step()
+        graphs = graphs or session.compiles
+    assert (session.compiles, session.recompiles, session.steps) == (graphs, 0, 2)
+
+
+def test_config_and_saved_folder_are_those_of_the_model_without_us(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    plain, model = (hf_models.build("bert", num_hidden_layers=1) for _ in range(2))
+    config = model.config.to_dict()
+    optimized(model)
+    assert model.config.to_dict() == config
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "plain")
+    step(model, model, hf_models.batch("bert"))
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.save_pretrained(tmp_path / "trained")
+    files, before = contents(tmp_path / "trained"), contents(tmp_path / "plain")
+    assert files.keys() == before.keys() and files["config.json"] == before["config.json"]
+    assert files["model.safetensors"] != before["model.safetensors"]
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_restore():
@@ -649,9 +758,10 @@ def test_checkpointing_inside_the_model():
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
-def test_autocast(preset):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(preset, dtype):
     model, session, compiled, reference = pair(preset=preset)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss, grads = step(model, model, tokens())
         expected_loss, expected = step(compiled, reference, tokens())
     assert equal_bits(loss, expected_loss)
@@ -678,10 +788,29 @@ def test_a_convolution_under_autocast():
 
 
 def test_a_bfloat16_model():
-    model, session, compiled, reference = pair(make=lambda: Tiny().bfloat16())
+    trains_in(torch.bfloat16)
+
+
+def test_a_float16_model():
+    trains_in(torch.float16)
+
+
+def trains_in(dtype: torch.dtype) -> None:
+    """A model of this element type has the gradients of the reference, and close ones when it is compressed."""
+    try:
+        step(plain := Tiny().to(dtype), plain, tokens())
+    except RuntimeError as error:
+        pytest.skip(f"this torch cannot train a model of {dtype} on a CPU: {error}")
+    some = {"make": lambda: Tiny(depth=1).to(dtype), "closed": ("blocks.0.qkv.weight", "embed.weight")}
+    model, session, compiled, reference = pair(**some)
     loss, grads = step(model, model, tokens())
     expected_loss, expected = step(compiled, reference, tokens())
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+    model, session, *_ = pair(**some, preset="balanced")
+    loss, grads = step(model, model, tokens())
+    assert equal_bits(loss, expected_loss) and cosine(expected, grads) > 0.99
+    assert {g.dtype for g in grads.values() if g is not None} == {dtype}
+    assert any(row.decision.startswith("codec") and row.codec == "int8" for row in session.plan.rows)
 
 
 def test_hooks_on_parameters_see_gradients_of_open_units():
@@ -804,6 +933,47 @@ def test_one_graph_serves_all_blocks_and_what_runs_eagerly_stands_still_too():
     assert reasons["embed.weight"] == "no gradient of it was found in any captured graph"
 
 
+def said_by_us(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "slimfit_fx"]
+
+
+def test_units_without_a_gate_are_told_once_with_the_reason(caplog):
+    """A convolution that reads the batch: its gradient ends in no branch."""
+    torch.manual_seed(0)
+    patches = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(128, 5))
+    model, _ = optimized(patches, units=["0.weight", "2.weight"], freeze_rate=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randn(4, 3, 16, 16)
+    for micro in range(2):
+        model(images).square().mean().backward()
+        assert not said_by_us(caplog), f"another graph may follow (micro-batch {micro})"
+    for _ in range(3):
+        optimizer.step()
+        model(images).square().mean().backward()
+    (said,) = said_by_us(caplog)
+    assert said.startswith("1 of 2 units have no gate") and "2.weight" not in said
+    assert "frozen: 0.weight (its gradient costs nothing of its own" in said
+
+
+@pytest.mark.parametrize("make", [Tiny, Broken, Skipped])
+def test_nothing_is_told_of_units_that_have_a_gate_or_run_eagerly(make, caplog):
+    model, _ = optimized(make(), preset="balanced")
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    assert not said_by_us(caplog)
+
+
+def test_a_unit_has_its_gate_in_one_graph_of_several():
+    def graph(names, gated, *refusals):
+        plan = GraphPlan((), tuple((f"gate {gate}", why) for gate, why in refusals), gated)
+        return CapturedGraph(names, False, plan=plan)
+
+    nothing = "it receives no gradient in this graph"
+    graphs = [graph(("a", "b", "c"), (), (0, "views"), (1, "views"), (2, nothing)), graph(("a",), (0,))]
+    graphs.append(CapturedGraph(("d",), False, plan=None))
+    session = types.SimpleNamespace(backend=types.SimpleNamespace(graphs=graphs))
+    assert slimfit_fx.api._ungated(session) == {"b": "views"}
+
+
 # ---- leaving torch as it was, and bad luck
 
 
@@ -825,7 +995,13 @@ def test_scheduling_draws_no_random_numbers(scheduler):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("broken", ["insert_codecs", "insert_gates", "split_joint", "tag_liveness"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *("insert_gates", "split_joint"),
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("insert_codecs", "tag_liveness")),
+    ],
+)
 def test_a_pass_that_fails_costs_memory_only(monkeypatch, broken):
     from slimfit_fx.passes import pipeline
 
@@ -862,6 +1038,32 @@ def test_a_lowering_that_fails_costs_speed_only(monkeypatch):
         torch.testing.assert_close(grads[name], expected[name])
 
 
+class Disabled(Tiny):
+    """A forward that dynamo skips without a word."""
+
+    @torch.compiler.disable
+    def forward(self, data, labels):
+        return super().forward(data, labels)
+
+
+@pytest.mark.parametrize("make", [Broken, Disabled])
+def test_a_forward_that_cannot_be_captured_is_told_once_with_its_place(make):
+    model = slimfit_fx.optimize(make(), executor="interpreter")
+    with warnings.catch_warnings(record=True) as told, torch._dynamo.error_on_graph_break(make is Broken):
+        warnings.simplefilter("always")
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    ours = [w for w in told if "slimfit_fx:" in str(w.message)]
+    assert [(w.category, w.filename) for w in ours] == [(RuntimeWarning, __file__)], "once, at the call of the model"
+    said, line = str(ours[0].message), make.forward.__code__.co_firstlineno
+    assert "trains uncompressed" in said
+    if make is Broken:
+        assert "graph_break()" in said and f'File "{__file__}", line {line + 2}, in forward' in said
+    else:
+        line = make.forward.__wrapped__.__code__.co_firstlineno
+        assert "captured no graph" in said
+    assert f"{make.__name__}.forward ({__file__}:{line})" in said
+
+
 def test_a_forward_that_cannot_be_captured_trains_uncompressed():
     model = Broken(dropout=0.0)
     slimfit_fx.optimize(model, executor="interpreter")
@@ -888,13 +1090,30 @@ def test_ghosts_are_dropped_with_their_graph():
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("pattern", range(6))
+@pytest.mark.parametrize(
+    "pattern", [*range(3), *(pytest.param(number, marks=pytest.mark.thorough) for number in range(3, 6))]
+)
 def test_any_pattern_of_gates_in_nan_mode(pattern):
     model, session, compiled, reference = pair(debug=True, closed=())
     names = session.gates.names
     session.freeze([n for i, n in enumerate(names) if i % (pattern + 2) == 0])
     (loss, grads), (expected_loss, expected) = step(model, model, tokens()), step(compiled, reference, tokens())
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
+
+
+@pytest.mark.parametrize(("value", "debug"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_the_environment_turns_debug_mode_on(monkeypatch, caplog, value, debug):
+    """The graphs are then logged after each pass (and ghosts hold NaN, as every test of debug mode wants it)."""
+    if value is None:
+        monkeypatch.delenv("SLIMFIT_FX_DEBUG", raising=False)
+    else:
+        monkeypatch.setenv("SLIMFIT_FX_DEBUG", value)
+    caplog.set_level("INFO", logger="slimfit_fx.passes.graphs")
+    model, session = optimized(Tiny(depth=0))
+    model(*tokens())
+    assert session.config.debug is debug
+    dumped = [line.split(":")[0] for line in caplog.messages if line.startswith("after ")]
+    assert bool(dumped) == debug and (not debug or {"after split_joint", "after insert_gates"} <= set(dumped))
 
 
 def test_flipping_never_compiles():
