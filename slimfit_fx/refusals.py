@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from slimfit_fx._suggest import unknown
+from slimfit_fx.runtime.bindings import is_sharded
 
 T = TypeVar("T")
 OLDEST, TOO_NEW = (2, 11), (2, 14)
+DEEPSPEED = (
+    "which keeps gradients and optimizer state in flat buffers of its own, where closed units would move: use "
+    "DistributedDataParallel or fully_shard (FSDP2)"
+)
+FLATTENED = "which flattens parameters, so that no unit is left: use fully_shard (FSDP2) instead"
 
 
 class Problems:
@@ -95,3 +101,13 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
         yield f"model is wrapped in {type(model).__name__}: optimize the inner module first, then wrap it"
     if isinstance(model, torch.jit.ScriptModule):
         yield "model is a TorchScript module, which cannot be captured: pass the eager module"
+    if type(model).__module__.partition(".")[0] == "deepspeed":
+        yield f"model is a {type(model).__name__} of DeepSpeed, {DEEPSPEED}"
+    if _is_flattened(model):
+        yield f"model is sharded by FullyShardedDataParallel, {FLATTENED}"
+
+
+def _is_flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) is around the model or a part of it, not ``fully_shard`` (FSDP2)."""
+    managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+    return managed and not any(is_sharded(param) for param in model.parameters())

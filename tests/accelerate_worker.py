@@ -1,37 +1,73 @@
-"""Run by test_distributed.py under ``accelerate launch`` or torchrun: ``accelerate_worker.py FOLDER``.
+"""Run by test_distributed.py under ``accelerate launch``: ``accelerate_worker.py FOLDER``.
 
-Hugging Face's Trainer with SlimFitCallback on several processes; rank r writes FOLDER/rank<r>.pt.
+Hugging Face's Trainer with SlimFitCallback, and a loop of Accelerate's, on several processes; rank r writes
+FOLDER/rank<r>.pt.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
-from test_hf_trainer import SETTINGS, bert, trainer
+from distributed_worker import Watch, history, weights
+from reference import optimized
+from small_models import Tiny
+from test_hf_trainer import SETTINGS, Still, bert, trainer
+from test_loops import batches
 
 import slimfit_fx
 from slimfit_fx.integrations import SlimFitCallback
 
 
+def seen(model: torch.nn.Module, watch: Watch) -> dict[str, Any]:
+    session = slimfit_fx.session(model)
+    assert session.traffic is not None
+    return {
+        "history": history(session)[-3:],
+        "weights": weights(model),
+        "bytes_not_sent": session.traffic.bytes_full - session.traffic.bytes_sent,
+        "bytes_sent": session.traffic.bytes_sent,
+        "bytes_closed": watch.closed_bytes,
+        "moved": watch.moved,
+        "gradients": watch.gradients,
+        "steps": session.steps,
+        "world": dist.get_world_size(),
+    }
+
+
+def trainer_run(folder: pathlib.Path, *, resume: bool) -> dict[str, Any]:
+    model, still = bert(), Still()
+    callbacks = [SlimFitCallback(**SETTINGS), still]
+    run = trainer(model, folder, callbacks=callbacks, save_strategy="steps", save_steps=3, max_steps=6)
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    return seen(model, still.watch)
+
+
+def loop() -> dict[str, Any]:
+    """Accumulation and clipping; gradients are exchanged in every second batch."""
+    prepared = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, session = optimized(Tiny(depth=1, dropout=0.0), freeze_rate=0.6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    watch = Watch(model, session, optimizer)
+    net, optimizer, loader = prepared.prepare(model, optimizer, batches(48 * dist.get_world_size()))
+    for batch in loader:
+        with prepared.accumulate(net):
+            prepared.backward(net(*batch))
+            if prepared.sync_gradients:
+                prepared.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen(model, watch)
+
+
 def main(folder: pathlib.Path) -> None:
     found = {}
-    for stop in (False, True):
-        model = bert()
-        run = trainer(
-            model, folder, callbacks=[SlimFitCallback(**SETTINGS)], save_strategy="steps", save_steps=3, max_steps=6
-        )
-        run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if stop else None)
-        session = slimfit_fx.session(model)
-        found[stop] = {
-            "history": [sorted(opened) for _, opened in session.gates.history][-3:],
-            "weights": {name: param.detach().clone() for name, param in model.named_parameters()},
-            "traffic": session.traffic and (session.traffic.bytes_sent, session.traffic.bytes_full),
-            "steps": session.steps,
-            "world": dist.get_world_size(),
-        }
+    for name in ("trainer", "resumed", "loop"):
+        found[name] = loop() if name == "loop" else trainer_run(folder, resume=name == "resumed")
         torch._dynamo.reset()
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
 

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from reference import optimized
 from small_models import Block, Tiny, optimizer_state, same_state, tokens
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from tower import Tower, rows
 
 import slimfit_fx
 from slimfit_fx.integrations import ScheduleState
@@ -88,6 +89,10 @@ class Watch:
 
     def __init__(self, model: nn.Module, session: Any, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.session, self.optimizer = model, session, optimizer
+        self.looked = 0
+        """How often a closed unit was looked at."""
+        self.closed_bytes = 0
+        """Of the gradients that closed units would have had."""
         self.gradients: list[str] = []
         """Closed units with a gradient when the optimizer reads gradients; as a hook behind all others finds them."""
         self.moved: list[str] = []
@@ -102,8 +107,10 @@ class Watch:
     def _before(self, *_: Any) -> None:
         self.gradients += [n for n in self.session.gates.closed if self.model.get_parameter(n).grad is not None]
         self._were = {n: self._held(n) for n in self.session.gates.closed}
+        self.closed_bytes += sum(weight.numel() * weight.element_size() for weight, _ in self._were.values())
 
     def _after(self, *_: Any) -> None:
+        self.looked += len(self._were)
         for name, (weight, state) in self._were.items():
             now, state_now = self._held(name)
             self.moved += [name] if not torch.equal(weight, now) or not same_state(state, state_now) else []
@@ -118,6 +125,7 @@ def ddp_curve() -> dict[str, Any]:
     losses = [one_step(net, optimizer, number).item() for number in range(STEPS)]
     return {
         "losses": losses,
+        "looked": watch.looked,
         "moved": watch.moved,
         "gradients": watch.gradients,
         "history": history(session),
@@ -125,6 +133,35 @@ def ddp_curve() -> dict[str, Any]:
         "compiles": session.compiles,
         "gated": all(unit.gated for unit in session.plan.units),
     }
+
+
+def inductor_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """A few steps as users get them: with the default executor."""
+    model = slimfit_fx.optimize(Tower(), freeze_rate=0.5, min_bytes=256, strict=True)
+    session, net = slimfit_fx.session(model), wrap(model)
+    optimizer = adamw(model)
+    watch = Watch(model, session, optimizer)
+    for number in range(6):
+        optimizer.zero_grad()
+        net(rows(16, number)[0].chunk(dist.get_world_size())[dist.get_rank()]).backward()
+        optimizer.step()
+    return {
+        "session": (session.executor, session.steps, session.compiles, session.recompiles),
+        "looked": watch.looked,
+        "moved": watch.moved,
+        "gradients": watch.gradients,
+        "history": history(session),
+        "weights": weights(model) if wrap is DistributedDataParallel else full(model),
+        "gated": all(unit.gated for unit in session.plan.units),
+    }
+
+
+def ddp_inductor() -> dict[str, Any]:
+    return inductor_run(DistributedDataParallel)
+
+
+def fsdp_inductor() -> dict[str, Any]:
+    return inductor_run(fully_shard)
 
 
 class SeveralBuckets(nn.Module):
@@ -267,6 +304,20 @@ def ddp_disagree() -> dict[str, Any]:
     return {"error": ""}
 
 
+def fsdp_flat() -> dict[str, Any]:
+    """What is said of FSDP1: of the wrapper, of what is in it, and of what holds it."""
+    said = []
+    for original in (True, False):
+        wrapped = FullyShardedDataParallel(Tiny(depth=1), use_orig_params=original, device_id=torch.device("cpu"))
+        for model in (wrapped, wrapped.module, nn.Sequential(wrapped)):
+            try:
+                slimfit_fx.optimize(model)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+    return {"said": said}
+
+
 def ddp_join() -> dict[str, Any]:
     from torch.distributed.algorithms.join import Join
 
@@ -301,6 +352,7 @@ def fsdp_curve() -> dict[str, Any]:
     losses = [one_step(model, optimizer, number).item() for number in range(STEPS)]
     return {
         "losses": losses,
+        "looked": watch.looked,
         "moved": watch.moved,
         "gradients": watch.gradients,
         "history": history(session),
@@ -410,7 +462,18 @@ def checkpoint(folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume
         dcp.load({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
         set_state_dict(net, optimizer, model_state_dict=mine, optim_state_dict=optimizers)
     losses = [one_step(net, optimizer, number).item() for number in range(6, 12)]
-    return {"losses": losses, "history": history(session)[-6:], "steps": session.steps}
+    return {
+        "losses": losses,
+        "history": history(session)[-6:],
+        "steps": session.steps,
+        "state": {name: local_state(optimizer, param) for name, param in model.named_parameters()},
+    }
+
+
+def local_state(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Any]:
+    """This rank's part of what the optimizer remembers of ``param``."""
+    state = optimizer_state(optimizer, param)
+    return {key: value.to_local() if hasattr(value, "to_local") else value for key, value in state.items()}
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {"ddp": DistributedDataParallel, "fsdp": shard}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from distributed_worker import Watch, shard
 from reference import compile_reference, cosine, differences, equal_bits, optimized, step
 from small_models import Block, Tiny, tokens
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.nn.parallel import DistributedDataParallel
 
 import slimfit_fx
 from slimfit_fx.codecs import get_codec
@@ -174,6 +179,56 @@ def test_a_resumed_run_equals_the_run_without_a_stop():
     train(resumed, other, range(6, 12))
     assert again.gates.history[-6:] == session.gates.history[-6:]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("executor", ROUTES)
+def test_a_model_that_moves_to_the_device_keeps_its_gates(executor):
+    model, session = optimized(Tiny(dropout=0.0), executor=executor, preset="exact", scheduler="none")
+    closed = close(session, ("blocks.0.qkv.weight", "blocks.1.up.weight"))
+    model.to(DEVICE)
+    reference = tiny(dropout=0.0)
+    _, expected = step(compile_reference(reference, executor=executor), reference, batch())
+    _, grads = step(model, model, batch())
+    assert {name for name, grad in grads.items() if grad is None} == closed == session.gates.closed
+    assert max(relative_errors(expected, grads).values()) < 1e-4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    watch = Watch(model, session, optimizer)
+    for number in range(3):
+        step(model, model, batch(number))
+        optimizer.step()
+    assert session.steps == 3 and session.compiles == 1
+    assert watch.looked == 3 * len(closed) and watch.moved == [] and watch.gradients == []
+
+
+@pytest.fixture
+def one_rank(tmp_path: pathlib.Path) -> Iterator[None]:
+    """A distributed job of this process alone."""
+    if not dist.is_nccl_available():
+        pytest.skip("needs NCCL")
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_rank_with_nccl(kind):
+    model, session = optimized(tiny(depth=1, dropout=0.0), preset="exact", scheduler="random", freeze_rate=0.6)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if kind == "ddp" else shard(model)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    watch = Watch(model, session, optimizer)
+    for number in range(6):
+        optimizer.zero_grad()
+        net(*batch(number)).backward()
+        optimizer.step()
+    assert session.steps == 6 and session.recompiles == 0
+    assert len({opened for _, opened in session.gates.history}) > 2
+    assert watch.looked and watch.moved == [] and watch.gradients == []
+    if kind == "ddp":
+        assert session.traffic.bytes_full - session.traffic.bytes_sent == watch.closed_bytes > 0
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2", "bits"])

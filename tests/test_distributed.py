@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from effort import THOROUGH
+from small_models import Tiny, same_state
+
+import slimfit_fx
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +33,8 @@ ON_TWO = (
         "ddp_own_hook",
         "ddp_disagree",
     ),
-    *("ddp_join", "ddp_digits", *["fsdp_digits"] * THOROUGH),
-    *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "shard_then_optimize"),
+    *("ddp_join", "ddp_digits", *["fsdp_digits", "ddp_inductor", "fsdp_inductor"] * THOROUGH),
+    *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "fsdp_flat", "shard_then_optimize"),
     *("ddp_save", "ddp_resume", "fsdp_save", "fsdp_resume"),
 )
 ON_OTHERS = ("ddp_curve", "fsdp_curve", "ddp_resume", "fsdp_resume")
@@ -86,8 +89,21 @@ def test_closed_units_stand_still_on_every_rank(kind, two, others):
         first = ranks[0][f"{kind}_curve"]
         for rank in ranks:
             found = rank[f"{kind}_curve"]
-            assert found["moved"] == [] and found["gradients"] == []
+            assert found["looked"] and found["moved"] == [] and found["gradients"] == []
             assert all(torch.equal(found["weights"][n], first["weights"][n]) for n in first["weights"])
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_with_the_default_executor(kind, two):
+    first = two[0][f"{kind}_inductor"]
+    for rank in two:
+        found = rank[f"{kind}_inductor"]
+        assert found["session"] == ("inductor", 6, 1, 0) and found["gated"]
+        assert found["looked"] and found["moved"] == [] and found["gradients"] == []
+        assert found["history"] == first["history"] and len({str(opened) for opened in first["history"]}) > 2
+        assert all(torch.equal(found["weights"][n], first["weights"][n]) for n in first["weights"])
 
 
 def test_one_graph_with_all_gates_under_ddp(two):
@@ -161,15 +177,28 @@ def test_what_is_refused_or_said(two):
     assert any("communication hook of its own" in text for text in two[0]["ddp_own_hook"]["said"])
     assert two[0]["ddp_own_hook"]["losses"] == pytest.approx(two[0]["ddp_curve"]["losses"][:5], rel=1e-6)
     for rank in two:
+        assert len(rank["fsdp_flat"]["said"]) == 6
+        assert all("use fully_shard (FSDP2) instead" in text for text in rank["fsdp_flat"]["said"])
         assert "drop_last=True: all ranks then end together" in rank["ddp_join"]["error"]
         assert "ranks disagree after step 0: unit 'blocks.0." in rank["ddp_disagree"]["error"]
         assert "on rank 1; every rank must use the same settings (seed" in rank["ddp_disagree"]["error"]
 
 
+def test_a_deepspeed_engine_is_refused():
+    engine = type("DeepSpeedEngine", (Tiny,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(ValueError, match="model is a DeepSpeedEngine of DeepSpeed, which keeps gradients .* in flat"):
+        slimfit_fx.optimize(engine)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_distributed_checkpoints_resume_on_any_number_of_processes(kind, two, others):
+    for rank in two:
+        saved, resumed = rank[f"{kind}_save"], rank[f"{kind}_resume"]
+        for key in ("losses", "history", "steps"):
+            assert resumed[key] == saved[key], "bit for bit on as many processes"
+        for name, state in saved["state"].items():
+            assert state and same_state(state, resumed["state"][name]), name
     saved = two[0][f"{kind}_save"]
-    assert two[0][f"{kind}_resume"] == saved, "bit for bit on as many processes"
     for processes in (1, 4):
         found = others[processes][0][f"{kind}_resume"]
         assert found["steps"] == saved["steps"] and found["history"][0] == saved["history"][0]
@@ -183,11 +212,12 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
         assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
 
 
-def test_hugging_face_trainer_under_accelerate_launch(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_trainer_and_a_loop_under_accelerate_launch(processes, tmp_path):
     """``--multi_gpu`` is Accelerate's name for several processes on one machine; the script itself asks for CPUs."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     ran = subprocess.run(
         [*command, str(WORKER.with_name("accelerate_worker.py")), str(tmp_path)],
@@ -197,14 +227,17 @@ def test_hugging_face_trainer_under_accelerate_launch(tmp_path):
         cwd=WORKER.parent,
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    expected = ranks[0][False]
-    for found in (*ranks[0].values(), *ranks[1].values()):
-        assert found["world"] == 2 and found["steps"] == 6 and found["history"] == expected["history"]
-        assert all(torch.equal(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
-        assert 0 < found["traffic"][0] < found["traffic"][1]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    for name, as_in in (("trainer", "trainer"), ("resumed", "trainer"), ("loop", "loop")):
+        expected = ranks[0][as_in]
+        for found in (rank[name] for rank in ranks):
+            assert found["world"] == processes and found["steps"] == 6 and found["history"] == expected["history"]
+            assert all(torch.equal(found["weights"][n], expected["weights"][n]) for n in expected["weights"])
+            assert found["moved"] == [] and found["gradients"] == []
+            assert found["bytes_sent"] and found["bytes_not_sent"] >= found["bytes_closed"] > 0, "all of what is closed"
 
 
+@pytest.mark.thorough
 def test_lightning_under_torchrun(tmp_path):
     pytest.importorskip("lightning")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -217,7 +250,7 @@ def test_lightning_under_torchrun(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert first["steps"] == 8 and first["moved"] == second["moved"] == []
+    assert first["steps"] == 8 and first["looked"] and first["moved"] == second["moved"] == []
     assert first["history"] == second["history"] and len({str(opened) for opened in first["history"]}) > 2
     assert 0 < first["traffic"][0] < first["traffic"][1]
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])

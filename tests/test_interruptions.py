@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import random
 import signal
@@ -12,9 +13,9 @@ import time
 import pytest
 import torch
 from reference import differences, equal_bits, optimized, step
-from small_models import Tiny, tokens
+from small_models import Tiny, optimizer_state, same_state, tokens
 from test_training import Skipped, grads_of, pair
-from torch import nn
+from torch import Tensor, nn
 
 import slimfit_fx
 
@@ -70,6 +71,82 @@ def test_an_error_in_backward(error):
     expected_loss, expected = step(call, reference, tokens())
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
     assert (session.compiles, session.recompiles, session.steps) == (1, 0, 0)
+
+
+RAISED: list[BaseException] = []
+"""What the backward of ``passed_on`` raises when it is called next."""
+
+
+@torch.library.custom_op("slimfit_fx_tests::passed_back", mutates_args=())
+def passed_back(grad: Tensor) -> Tensor:
+    if RAISED:
+        raise RAISED.pop()
+    return grad.clone()
+
+
+@torch.library.custom_op("slimfit_fx_tests::passed_on", mutates_args=())
+def passed_on(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+passed_back.register_fake(torch.empty_like)
+passed_on.register_fake(torch.empty_like)
+passed_on.register_autograd(lambda ctx, grad: passed_back(grad))
+
+
+class Passing(Tiny):
+    """One graph, in the middle of which an operator of the user's own stands."""
+
+    def features(self, tokens):
+        return self.blocks[1](passed_on(self.blocks[0](self.embed(tokens))))
+
+
+def six_steps(executor: str, at: tuple[int, int] | None = None, error: BaseException | None = None):
+    """Steps of two micro-batches. In step and micro-batch ``at`` backward raises, and the step is done once more."""
+    model, session = optimized(Passing(), freeze_rate=0.6, executor=executor)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    def backward(number: int) -> None:
+        torch.manual_seed(number)
+        model(*tokens(number)).backward()
+
+    for number in range(6):
+        if at is not None and error is not None and number == at[0]:
+            for earlier in range(at[1]):
+                backward(2 * number + earlier)
+            RAISED.append(error)
+            with pytest.raises(type(error)):
+                backward(2 * number + at[1])
+            assert not RAISED
+        optimizer.zero_grad()
+        backward(2 * number)
+        backward(2 * number + 1)
+        optimizer.step()
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    return session, weights, {name: optimizer_state(optimizer, param) for name, param in model.named_parameters()}
+
+
+whole_six_steps = functools.cache(six_steps)
+
+
+@pytest.mark.parametrize(
+    "executor", ["interpreter", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.thorough])]
+)
+@pytest.mark.parametrize(
+    ("at", "error"),
+    list(zip([(0, 0), (0, 1), (3, 0), (3, 1)], [*ERRORS, ERRORS[0]], strict=True)),
+    ids=["first step", "first step, second batch", "fourth step", "fourth step, second batch"],
+)
+def test_an_error_inside_the_compiled_backward(at, error, executor):
+    """Saved values are half used up by then; the run goes on as if nothing had happened."""
+    whole, expected_weights, expected_state = whole_six_steps(executor)
+    session, weights, state = six_steps(executor, at, error)
+    assert session.state_dict() == whole.state_dict() and session.gates.history == whole.gates.history
+    assert len({opened for _, opened in whole.gates.history}) > 3
+    assert (session.compiles, session.recompiles, session.steps) == (1, 0, 6)
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected_weights[name]), name
+        assert same_state(state[name], expected_state[name]), name
 
 
 def test_a_wrong_batch_is_the_users_error_and_settles_nothing():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from reference import optimized
+from small import Small
+
+from bench.measure import step_peak
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,3 +49,41 @@ def test_two_compiles_for_two_hundred_lengths():
         optimizer.step()
     assert len(seen) > 40 and session.steps == 200
     assert session.compiles <= 2
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+@pytest.mark.parametrize(
+    ("dynamic", "limit", "preset"),
+    [(None, 320_000, "exact"), (True, 250_000, "balanced")],
+    ids=["the longest fits", "the longest needs another plan"],
+)
+def test_a_budget_holds_for_the_longest_batch_seen(dynamic, limit, preset):
+    """By the allocator, with whatever is open; the second compile is for new sizes, or for a smaller plan."""
+    torch.manual_seed(0)
+    model, session = optimized(
+        Small(16), executor="inductor", freeze_rate=0.6, memory_budget=limit, dynamic=dynamic, preset="balanced"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    source = random.Random(3)
+    shapes, longest = set(), (torch.zeros(0), torch.zeros(0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(200):
+            batch = padded(source)
+            words, labels = batch["input_ids"], batch["labels"]
+            longest = (words, labels) if words.numel() > longest[0].numel() else longest
+            shapes.add(tuple(words.shape))
+            optimizer.zero_grad()
+            model(words, labels).backward()
+            optimizer.step()
+    assert len(shapes) > 40 and longest[0].shape == (7, 60) and session.compiles <= 2
+    again = [str(w.message) for w in said if "compiled again with a smaller one" in str(w.message)]
+    assert len(again) == (preset != "exact") and session.plan.preset == preset
+    fixed, found = session.backend.under.budget.fixed().total, []
+    for _ in range(4):
+        optimizer.zero_grad()
+        found.append(fixed + step_peak(lambda: model(*longest), backward=lambda loss: loss.backward()).peak_bytes)
+        optimizer.step()
+    assert 0.7 * limit < max(found) <= limit

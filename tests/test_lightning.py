@@ -8,11 +8,13 @@ from typing import Any
 import digits
 import pytest
 import torch
-from small_models import Tiny, tokens
+from small_models import Tiny, optimizer_state, same_state, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tower import Tower, rows
 
 import slimfit_fx
+from bench.measure import step_peak
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -44,28 +46,84 @@ class Module(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Watch(lightning.Callback):
+    """What the optimizer sees and moves of closed units. It steps with a closure, in which gates flip."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Any] = {}
+        self.gradients: list[str] = []
+        self.moved: list[str] = []
+        self.looked = 0
+
+    def held(self, trainer: Any, net: nn.Module) -> dict[str, Any]:
+        optimizer = trainer.optimizers[0]
+        return {name: (p.detach().clone(), optimizer_state(optimizer, p)) for name, p in net.named_parameters()}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before = self.held(trainer, pl_module.net)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        closed = slimfit_fx.session(pl_module.net).gates.closed
+        self.gradients += [name for name in closed if pl_module.net.get_parameter(name).grad is not None]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = self.held(trainer, pl_module.net)
+        for name in slimfit_fx.session(pl_module.net).gates.closed:
+            (weight, state), (weight_now, state_now) = self.before[name], now[name]
+            self.moved += [name] if not torch.equal(weight, weight_now) or not same_state(state, state_now) else []
+            self.looked += 1
+
+
 def loader() -> Any:
     data = [tokens(number) for number in range(8)]
     return DataLoader(TensorDataset(*(torch.cat(part) for part in zip(*data, strict=True))), batch_size=4)
 
 
-def trainer(folder: Any, callback: Any, **changes: Any) -> Any:
+def trainer(folder: Any, *callbacks: Any, **changes: Any) -> Any:
     given = {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 2, "logger": False, "default_root_dir": folder}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return lightning.Trainer(callbacks=[callback], **{**given, **quiet, **changes})
+    return lightning.Trainer(callbacks=list(callbacks), **{**given, **quiet, **changes})
 
 
 @pytest.mark.parametrize("how", ["callback", "configure_model"])
 def test_a_run_with_everything(how, tmp_path):
     module = Module(by_itself=how == "configure_model")
     callback = SlimFitLightning("net", **SETTINGS) if how == "callback" else SlimFitLightning()
-    run = trainer(tmp_path, callback, accumulate_grad_batches=2, gradient_clip_val=0.5, precision="bf16-mixed")
+    watch = Watch()
+    run = trainer(tmp_path, callback, watch, accumulate_grad_batches=2, gradient_clip_val=0.5, precision="bf16-mixed")
     run.fit(module, loader())
     session = slimfit_fx.session(module.net)
     assert session.steps == 4 == len(session.gates.history) and session.recompiles == 0
     assert run.logged_metrics["slimfit/frozen_share"] == pytest.approx(session.gates.frozen_share)
     assert run.logged_metrics["slimfit/recompiles"] == 0
+    assert run.logged_metrics["slimfit/step_peak_bytes"] == session.predict_peak().peak_bytes
+    assert watch.looked and watch.moved == [] and watch.gradients == []
     assert any(d < 2**20 for d in session.scheduler.distances.values()), "distances of what trained"
+
+
+class Rows(Module):
+    """Around a network that Inductor compiles soon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Tower()
+
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+def test_a_run_with_the_default_executor(tmp_path):
+    module, watch, data = Rows(), Watch(), DataLoader(TensorDataset(*rows(384)), batch_size=64)
+    callback = SlimFitLightning("net", **{**SETTINGS, "executor": "inductor", "preset": "exact"})
+    run = trainer(tmp_path, callback, watch, log_every_n_steps=1)
+    run.fit(module, data)
+    session = slimfit_fx.session(module.net)
+    assert (session.executor, session.steps, session.compiles, session.recompiles) == ("inductor", 6, 1, 0)
+    assert watch.looked and watch.moved == [] and watch.gradients == []
+    (x,) = rows(64)
+    module.net.zero_grad()
+    found = step_peak(lambda: module.net(x), backward=lambda loss: loss.backward()).peak_bytes
+    assert run.logged_metrics["slimfit/step_peak_bytes"] == pytest.approx(found, rel=0.01)
+    assert run.logged_metrics["slimfit/recompiles"] == 0
 
 
 def test_a_resumed_run_equals_the_run_without_a_stop(tmp_path):

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from slimfit_fx.api import find_session, optimize
 from slimfit_fx.config import Config
 from slimfit_fx.integrations.metrics import step_metrics
+from slimfit_fx.refusals import DEEPSPEED, FLATTENED
 from slimfit_fx.session import Session
 
 
@@ -32,7 +33,8 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     A model that was optimized before is taken as it is: then give no settings.
 
     Raises:
-        TypeError, ValueError: bad settings (at once), or a model that cannot be optimized (when Trainer is made).
+        TypeError, ValueError: bad settings (at once), or a model that cannot be optimized or that Trainer would wrap in
+            DeepSpeed or FSDP1 (when Trainer is made).
     """
 
     def __init__(self, config: Config | None = None, /, **settings: Any) -> None:
@@ -49,6 +51,7 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     # -- Trainer's events ----------------------------------------------------------------------------------------------
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Optimize the model before anything wraps it."""
+        _check(args)
         self._take(kwargs.get("model"))
         _say_what_is_ignored(args)
 
@@ -122,6 +125,13 @@ class AttachedCallback(TrainerCallback):
     def __init__(self) -> None:
         self._inner: SlimFitCallback | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say what is refused or ignored, unless a ``SlimFitCallback`` does."""
+        model, others = kwargs.get("model"), state.stateful_callbacks or {}
+        if model is not None and find_session(model) is not None and SlimFitCallback.__name__ not in others:
+            _check(args)
+            _say_what_is_ignored(args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -189,6 +199,18 @@ def _settle_problem_type(model: Any, dataset: Any) -> None:
         config.problem_type = "regression"
     else:
         config.problem_type = "single_label_classification" if whole else "multi_label_classification"
+
+
+def _check(args: TrainingArguments) -> None:
+    """Raise if Trainer is going to wrap the model in what gates do not work in.
+
+    Raises:
+        ValueError: DeepSpeed, or FSDP of the first version.
+    """
+    if getattr(args, "deepspeed", None):
+        raise ValueError(f"deepspeed={args.deepspeed!r} wraps the model in DeepSpeed, {DEEPSPEED}")
+    if (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
+        raise ValueError(f"fsdp_config has version 1: FullyShardedDataParallel, {FLATTENED}")
 
 
 def _say_what_is_ignored(args: TrainingArguments) -> None:
