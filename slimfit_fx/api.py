@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slimfit_fx import integrations
+from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
 from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
 from slimfit_fx.config import Config
@@ -22,20 +23,19 @@ from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
 from slimfit_fx.rehearsal import CAN_ISOLATE, Rehearsal, caused_by, traceable
 from slimfit_fx.runtime.shapes import ShapeWatch
-from slimfit_fx.session import Session, latest_graphs
+from slimfit_fx.session import Session
+from slimfit_fx.ungated import UngatedUnits
 from slimfit_fx.units import FoundUnits, find_units
 
 log = logging.getLogger("slimfit_fx")
 _EVAL_BACKENDS = {"inductor": "inductor", "interpreter": "eager"}
 """What ``compile_eval`` compiles with: no compiler is asked for where the interpreter is used."""
-_MOST_NAMED = 4
-"""Units that a message names before it only counts them."""
-_NO_GRADIENT = "it receives no gradient in this graph"
-"""As passes/describe_plan.py says it."""
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
-def optimize(model: nn.Module, config: Config | None = None, /, **settings: Any) -> nn.Module:
+def optimize(
+    model: nn.Module, config: Config | None = None, /, *, optimizer: OptimizerChoice | None = None, **settings: Any
+) -> nn.Module:
     """Make ``model`` train in less memory; returns the same object, compiled in place.
 
     Parameters, ``state_dict`` keys and attributes stay as they are. The next training forward captures and compiles the
@@ -44,15 +44,18 @@ def optimize(model: nn.Module, config: Config | None = None, /, **settings: Any)
     Args:
         model: any module with trainable parameters.
         config: all settings in one object; or give them as keywords.
+        optimizer: what the model will be trained with, or what makes it of a list of parameters (a class will do), so
+            that a ``memory_budget`` counts its memory in the first plan; else AdamW's, until a step of it is seen.
         settings: fields of :class:`Config`: ``preset``, ``freeze_rate``, ``scheduler``, ``codecs``, ``units``,
             ``executor``, ``seed``, ``dynamic``, ``compile_eval``, ...
 
     Raises:
-        TypeError: not a module, or a setting of the wrong type.
+        TypeError: not a module, no optimizer, or a setting of the wrong type.
         ValueError: everything else that is wrong with the settings or the model, in one message.
     """
     chosen, found = checked_settings(model, config, settings, plan_only=False)
-    current = Session(model, chosen, found.units, found.always, _executor(model, chosen))
+    given = find_optimizer(model, optimizer)
+    current = Session(model, chosen, found.units, found.always, _executor(model, chosen), optimizer=given)
     _SESSIONS[model] = current
     model._compiled_call_impl = _dispatcher(model, current)
     integrations.attach_to_loaded()
@@ -98,6 +101,7 @@ def plan(
     codecs: Any = None,
     memory_budget: int | float | str | None = None,
     max_gradient_error: float | None = None,
+    optimizer: OptimizerChoice | None = None,
     peak: bool = False,
     compare: bool = False,
     **kwargs: Any,
@@ -109,6 +113,7 @@ def plan(
     ``config``). With ``peak`` the plan also tells the physical peak of the step and its timeline: Inductor then writes
     its code, which takes about half the time of a compile, but compiles no kernel. With ``compare`` the same is done
     for plain ``torch.compile``, to be shown beside it. With ``memory_budget`` it is the plan that ``optimize`` takes.
+    ``optimizer`` as for ``optimize``.
 
     Raises:
         MemoryBudgetError: nothing fits ``memory_budget``; a ``ValueError``.
@@ -118,7 +123,8 @@ def plan(
     given |= {"memory_budget": memory_budget, "max_gradient_error": max_gradient_error}
     settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
     chosen, (found, _) = checked_settings(model, config, settings, plan_only=True)
-    return Rehearsal(model, found).plan(chosen, args, kwargs, peak=peak or compare, compare=compare)
+    rehearsal = Rehearsal(model, found, optimizer=find_optimizer(model, optimizer))
+    return rehearsal.plan(chosen, args, kwargs, peak=peak or compare, compare=compare)
 
 
 def checked_settings(
@@ -179,60 +185,6 @@ def _place_of(model: nn.Module) -> str:
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
-class _UngatedUnits:
-    """Says once which units have a gradient but no gate: theirs is computed whatever is frozen, and then dropped.
-
-    Another graph of the model may still give a unit its gate, so nothing is said before the first optimizer step.
-    """
-
-    def __init__(self) -> None:
-        self._began: int | None = None
-        self._said = False
-
-    def look(self, current: Session) -> None:
-        """Called before each training forward."""
-        if self._said or not current.compiles:
-            return
-        self._began = current.steps if self._began is None else self._began
-        if current.steps == self._began:
-            return
-        self._said = True
-        found = _ungated(current)
-        if found:
-            log.warning(
-                "%d of %d units have no gate: their gradients are computed in every step, and dropped while they are "
-                "frozen: %s",
-                len(found),
-                len(current.gates.names),
-                "; ".join(_listed(names, reason) for reason, names in _by_reason(found).items()),
-            )
-
-
-def _ungated(current: Session) -> dict[str, str]:
-    """Unit -> why no graph that gives it a gradient has a gate for it."""
-    gated: set[str] = set()
-    why: dict[str, str] = {}
-    for graph in latest_graphs(current.backend.graphs):
-        if graph.plan is None or graph.plan.fallback is not None:
-            continue  # not known, or told already
-        gated |= {graph.unit_names[gate] for gate in graph.plan.gated}
-        why |= {
-            graph.unit_names[int(what.removeprefix("gate "))]: reason
-            for what, reason in graph.plan.refusals
-            if what.startswith("gate ") and reason != _NO_GRADIENT
-        }
-    return {name: reason for name, reason in why.items() if name not in gated}
-
-
-def _by_reason(found: dict[str, str]) -> dict[str, list[str]]:
-    return {reason: [name for name, why in found.items() if why == reason] for reason in dict.fromkeys(found.values())}
-
-
-def _listed(names: list[str], reason: str) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"{', '.join(names[:_MOST_NAMED])}{more} ({reason})"
-
-
 def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     """What ``model(...)`` calls: compiled and gated in training, as the user wrote it otherwise."""
     own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
@@ -243,7 +195,7 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     evaluated: Callable[..., Any] = model._call_impl
     if current.config.compile_eval:
         evaluated = torch.compile(traceable(model), backend=_EVAL_BACKENDS[current.executor], **own)
-    training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), _UngatedUnits()
+    training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), UngatedUnits()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal training

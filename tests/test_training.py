@@ -26,6 +26,7 @@ import slimfit_fx.api
 from bench.measure import step_peak
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.planning.rows import GraphPlan
+from slimfit_fx.ungated import ungated_units
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -971,7 +972,7 @@ def test_a_unit_has_its_gate_in_one_graph_of_several():
     graphs = [graph(("a", "b", "c"), (), (0, "views"), (1, "views"), (2, nothing)), graph(("a",), (0,))]
     graphs.append(CapturedGraph(("d",), False, plan=None))
     session = types.SimpleNamespace(backend=types.SimpleNamespace(graphs=graphs))
-    assert slimfit_fx.api._ungated(session) == {"b": "views"}
+    assert ungated_units(session) == {"b": "views"}
 
 
 # ---- leaving torch as it was, and bad luck

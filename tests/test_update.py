@@ -10,6 +10,7 @@ from reference import optimized
 from test_peak import Encoder, encoder_batch
 from torch import nn
 
+import slimfit_fx
 from bench.measure import recorded_step, replay
 from slimfit_fx.beside_steps import find_optimizer
 from slimfit_fx.config import Config
@@ -224,3 +225,14 @@ def test_an_optimizer_is_given_as_it_is_or_by_what_makes_it():
         find_optimizer(model, "SGD")
     with pytest.raises(TypeError, match="got <class 'list'>, which makes a list"):
         find_optimizer(model, list)
+
+
+def test_a_plan_counts_the_state_of_the_optimizer_that_is_given():
+    batch = encoder_batch()
+    plain = slimfit_fx.plan(Encoder(), *batch)
+    adam, sgd = (slimfit_fx.plan(Encoder(), *batch, optimizer=o) for o in (torch.optim.Adam, torch.optim.SGD))
+    assert adam.optimizer_bytes > 0.99 * plain.optimizer_bytes > sgd.optimizer_bytes == 0
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, .* got 'sgd'"):
+        slimfit_fx.plan(Encoder(), *batch, optimizer="sgd")
+    with pytest.raises(ValueError, match="optimizer must hold the model's parameters"):
+        slimfit_fx.optimize(Encoder(), optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))]))
