@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from slimfit_fx.graph import ops
@@ -98,6 +99,8 @@ def _results(root: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _refuse_cone(root: fx.Node, members: Sequence[fx.Node]) -> str | None:
+    if any(_is_symbolic_number(n) for n in _operands(members)):
+        return "it reads a number made of symbolic sizes, which no branch takes"
     if not ops.is_getitem(root) and any(_has_any_layout(n) for n in (*members, *_operands(members))):
         return "it is made from the gradient of a convolution, whose layout the compiler picks"
     if not _is_worth_a_branch(members, root):
@@ -255,9 +258,15 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _must_stay(node: fx.Node) -> bool:
-    """Effects, random numbers and symbols stay in the main graph."""
+    """Effects, random numbers, symbols and what reads a number made of them stay in the main graph."""
     schema = getattr(node.target, "_schema", None)
-    return ops.is_symbol(node) or ops.is_random(node) or (schema is not None and schema.is_mutable)
+    reads_number = any(_is_symbolic_number(i) for i in node.all_input_nodes)
+    return ops.is_symbol(node) or ops.is_random(node) or reads_number or (schema is not None and schema.is_mutable)
+
+
+def _is_symbolic_number(node: fx.Node) -> bool:
+    """``1 / batch`` of a BatchNorm, for one: ``cond`` takes tensors and integers only."""
+    return isinstance(node.meta.get("val"), (torch.SymFloat, torch.SymBool))
 
 
 def tangent_fed(graph: fx.Graph) -> set[fx.Node]:
