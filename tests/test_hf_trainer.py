@@ -18,7 +18,6 @@ from small_models import optimizer_state, same_state
 from tower import Tower, rows
 
 import slimfit_fx
-from bench.measure import step_peak
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -26,6 +25,7 @@ pytest.importorskip("accelerate")
 
 from slimfit_fx.integrations import SlimFitCallback  # noqa: E402
 from slimfit_fx.integrations.hf_trainer import AttachedCallback  # noqa: E402
+from slimfit_fx.runtime.measure import step_memory  # noqa: E402
 
 CLASSES, LENGTH, VOCABULARY = 4, 12, 40
 SETTINGS: dict[str, Any] = {"executor": "interpreter", "min_bytes": 256, "freeze_rate": 0.6, "strict": True}
@@ -193,7 +193,7 @@ def test_the_step_peak_is_in_the_logs(tmp_path):
     assert {entry["slimfit/recompiles"] for entry in logged} == {0} and session.compiles == 1
     model.zero_grad()
     (x,) = rows(64)
-    found = step_peak(lambda: model(x)["loss"], backward=lambda loss: loss.backward()).peak_bytes
+    found = step_memory(lambda: model(x)["loss"], lambda loss: loss.backward()).peak_bytes
     assert session.predict_peak().peak_bytes == pytest.approx(found, rel=0.01)
 
 
@@ -378,6 +378,8 @@ def adapted_rows(*matrices: str) -> Any:
 
 def test_what_only_a_frozen_matrix_needs_is_not_allocated():
     """By the allocator, all units open: what enters ``mid`` is gone, and what enters lora_B has come."""
+    from bench.measure import step_peak
+
     (x,) = rows(64)
 
     def saved(model: Any) -> int:

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from tower import Tower, rows
 
 import slimfit_fx
-from bench.measure import step_peak
 
 lightning = pytest.importorskip("lightning.pytorch")
 
 from slimfit_fx.integrations import SlimFitLightning  # noqa: E402
+from slimfit_fx.runtime.measure import step_memory  # noqa: E402
 
 SETTINGS: dict[str, Any] = {"executor": "interpreter", "min_bytes": 256, "freeze_rate": 0.6, "strict": True}
 
@@ -121,7 +121,7 @@ def test_a_run_with_the_default_executor(tmp_path):
     assert watch.looked and watch.moved == [] and watch.gradients == []
     (x,) = rows(64)
     module.net.zero_grad()
-    found = step_peak(lambda: module.net(x), backward=lambda loss: loss.backward()).peak_bytes
+    found = step_memory(lambda: module.net(x), lambda loss: loss.backward()).peak_bytes
     assert run.logged_metrics["slimfit/step_peak_bytes"] == pytest.approx(found, rel=0.01)
     assert run.logged_metrics["slimfit/recompiles"] == 0
 
