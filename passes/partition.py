@@ -57,7 +57,7 @@ def split_joint(
     module: fx.GraphModule, joint_inputs: Sequence[Any], **partitioner_args: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph modules; the recompute tags are gone from both."""
-    with functorch_config.patch(cse=False):  # simplify_joint has done it
+    with functorch_config.patch(cse=False):  # what is merged is simplify_joint's to say, and the planner has seen it
         forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **partitioner_args)
     if isinstance(forward, _LazyGraphModule):  # torch forgets it for backward, whose code each pass would write again
         backward = _LazyGraphModule.from_graphmodule(backward)

@@ -103,11 +103,11 @@ def _wrappers(model: nn.Module) -> Iterator[str]:
         yield "model is a TorchScript module, which cannot be captured: pass the eager module"
     if type(model).__module__.partition(".")[0] == "deepspeed":
         yield f"model is a {type(model).__name__} of DeepSpeed, {DEEPSPEED}"
-    if _is_flattened(model):
+    if is_flattened(model):
         yield f"model is sharded by FullyShardedDataParallel, {FLATTENED}"
 
 
-def _is_flattened(model: nn.Module) -> bool:
+def is_flattened(model: nn.Module) -> bool:
     """Whether FullyShardedDataParallel (FSDP1) is around the model or a part of it, not ``fully_shard`` (FSDP2)."""
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
     return managed and not any(is_sharded(param) for param in model.parameters())

@@ -89,32 +89,26 @@ class Rehearsal:
         kwargs: Any,
         *,
         peak: bool,
-        budget: Budget | None = None,
         gives_up: GivesUp | None = None,
     ) -> list[CapturedGraph]:
-        """What is captured of a step under ``config``.
+        """What is captured of a step with just the settings of ``config``, whatever its budget.
 
         Raises:
-            MemoryBudgetError: nothing fits ``budget``.
             PlanTooLarge: ``gives_up`` said so of the plan of a graph, before its code was written.
             ValueError: the model cannot be captured, or not in one graph.
         """
-        found, breaks = self._captured(config, args, kwargs, peak=peak, budget=budget, gives_up=gives_up)
+        found, breaks = self._captured(config, args, kwargs, peak=peak, gives_up=gives_up)
         if breaks:
             raise ValueError(_BREAKS)
         return found
 
     def _captured(
-        self,
-        config: Config,
-        args: Any,
-        kwargs: Any,
-        *,
-        peak: bool,
-        budget: Budget | None = None,
-        gives_up: GivesUp | None = None,
+        self, config: Config, args: Any, kwargs: Any, *, peak: bool, **limits: Any
     ) -> tuple[list[CapturedGraph], bool]:
-        """What is captured of a step, up to the first graph that trains; and whether the forward goes on behind it."""
+        """What is captured of a step, up to the first graph that trains; and whether the forward goes on behind it.
+
+        ``limits``: ``budget`` or ``gives_up``, as the backend takes them.
+        """
         breaks = False
 
         def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -125,9 +119,7 @@ class Rehearsal:
         with off_meta(self.model, args, kwargs, always=self.faked) as (real, args, kwargs):
             by_name = dict(real.named_parameters(remove_duplicate=False))
             gates = GateTable({u.name: [by_name[u.name]] for u in self.units})
-            backend = SlimFitBackend(
-                config, gates, "inductor", plan_only=True, with_peak=peak, budget=budget, gives_up=gives_up
-            )
+            backend = SlimFitBackend(config, gates, "inductor", plan_only=True, with_peak=peak, **limits)
             capture_only(real, capture, args, kwargs)
         return backend.graphs, breaks
 

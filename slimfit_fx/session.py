@@ -30,6 +30,7 @@ from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
 from slimfit_fx.presets import FALLBACK
+from slimfit_fx.refusals import FLATTENED, is_flattened
 from slimfit_fx.runtime import peers
 from slimfit_fx.runtime.gated_reduce import GatedReduce, install
 from slimfit_fx.runtime.gates import GateTable
@@ -189,10 +190,18 @@ class Session:
         """Called by the engine before each training forward."""
         model = self._model()
         if model is not None:
+            self._refuse_flattened(model)
             if self._tracker.refresh():
                 self._hooks.watch(frozenset(id(p) for p in model.parameters()))
             self._meet_peers(model)
         self._tracker.before_forward()
+
+    def _refuse_flattened(self, model: nn.Module) -> None:
+        """What wraps a model after ``optimize`` is seen in the first forward of a distributed job."""
+        if self._tracker.forwarded or not peers.is_distributed():
+            return
+        if is_flattened(model):
+            raise ValueError(f"this model was sharded by FullyShardedDataParallel after optimize, {FLATTENED}")
 
     def outgrows_its_plan(self) -> bool:
         """Called by the engine before each training forward: whether the model must be compiled again for its budget.

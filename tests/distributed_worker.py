@@ -305,7 +305,7 @@ def ddp_disagree() -> dict[str, Any]:
 
 
 def fsdp_flat() -> dict[str, Any]:
-    """What is said of FSDP1: of the wrapper, of what is in it, and of what holds it."""
+    """What is said of FSDP1: of the wrapper, of what is in it, of what holds it, and where it comes after us."""
     said = []
     for original in (True, False):
         wrapped = FullyShardedDataParallel(Tiny(depth=1), use_orig_params=original, device_id=torch.device("cpu"))
@@ -315,6 +315,13 @@ def fsdp_flat() -> dict[str, Any]:
                 said.append("")
             except ValueError as error:
                 said.append(str(error))
+        inner, _ = optimized(Tiny(depth=1), **EXACT)
+        late = FullyShardedDataParallel(inner, use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            late(*share(0))
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
     return {"said": said}
 
 

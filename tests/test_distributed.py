@@ -177,7 +177,7 @@ def test_what_is_refused_or_said(two):
     assert any("communication hook of its own" in text for text in two[0]["ddp_own_hook"]["said"])
     assert two[0]["ddp_own_hook"]["losses"] == pytest.approx(two[0]["ddp_curve"]["losses"][:5], rel=1e-6)
     for rank in two:
-        assert len(rank["fsdp_flat"]["said"]) == 6
+        assert len(rank["fsdp_flat"]["said"]) == 8
         assert all("use fully_shard (FSDP2) instead" in text for text in rank["fsdp_flat"]["said"])
         assert "drop_last=True: all ranks then end together" in rank["ddp_join"]["error"]
         assert "ranks disagree after step 0: unit 'blocks.0." in rank["ddp_disagree"]["error"]

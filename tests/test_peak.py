@@ -24,12 +24,13 @@ from slimfit_fx.planning.stand_ins import DryRun
 
 @st.composite
 def traces(draw: st.DrawFn, *, shared: bool) -> StepTrace:
-    """Blocks of up to four gates that come and go; with ``shared``, some belong to several gates."""
+    """Blocks of up to four gates that come and go, some inside a branch; with ``shared``, some have several gates."""
     gates = st.frozensets(st.integers(0, 3), max_size=3 if shared else 1)
     events: list[Event] = []
     alive: list[Event] = []
     for block in range(draw(st.integers(1, 12))):
-        made = Event(draw(st.integers(1, 100)), block, draw(gates))
+        owners = draw(gates)
+        made = Event(draw(st.integers(1, 100)), block, owners, owners if draw(st.booleans()) else frozenset())
         events.append(made)
         alive.append(made)
         while alive and draw(st.booleans()):

@@ -109,6 +109,8 @@ class StepTrace:
         """
         bound, pattern = 0, frozenset[int]()
         for always, owned, branch in self._moments():
+            if branch and not count:  # nobody is there then
+                continue
             best = max(branch, key=lambda gate: (owned.get(gate, 0), -gate), default=None)
             others = ((size, gate) for gate, size in owned.items() if gate != best)
             chosen = heapq.nlargest(max(0, count - len(branch[:1])), others)
