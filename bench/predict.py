@@ -119,7 +119,7 @@ def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, 
     from slimfit_fx.rehearsal import Rehearsal, known_step
 
     config = config_of(rival, settings)
-    _, (units, _) = checked_settings(model, config, {}, plan_only=True)
+    _, (units, _), _ = checked_settings(model, config, {}, plan_only=True)
     rehearsal = Rehearsal(model, units, faked=True)
     scheduler = rehearsal.scheduler(config)
     budget = None if rival.memory_budget is None else rehearsal.budget(config)

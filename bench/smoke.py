@@ -65,7 +65,7 @@ def read_off(name: str, case: Case, settings: Settings, opened: Sequence[frozens
     torch._dynamo.reset()
     gc.collect()
     rival, model, batch = rival_of(name), build_model(case), make_batch(case)
-    chosen, (units, _) = checked_settings(model, config_of(rival, settings), {}, plan_only=True)
+    chosen, (units, _), _ = checked_settings(model, config_of(rival, settings), {}, plan_only=True)
     rehearsal = Rehearsal(model, units, faked=True)
     traced = (
         (rehearsal.plain_trace((), batch), ())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from slimfit_fx import integrations
 from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
@@ -53,8 +54,7 @@ def optimize(
         TypeError: not a module, no optimizer, or a setting of the wrong type.
         ValueError: everything else that is wrong with the settings or the model, in one message.
     """
-    chosen, found = checked_settings(model, config, settings, plan_only=False)
-    given = find_optimizer(model, optimizer)
+    chosen, found, given = checked_settings(model, config, settings, plan_only=False, optimizer=optimizer)
     current = Session(model, chosen, found.units, found.always, _executor(model, chosen), optimizer=given)
     _SESSIONS[model] = current
     model._compiled_call_impl = _dispatcher(model, current)
@@ -122,15 +122,21 @@ def plan(
     given = {"preset": preset, "freeze_rate": freeze_rate, "units": units, "codecs": codecs}
     given |= {"memory_budget": memory_budget, "max_gradient_error": max_gradient_error}
     settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
-    chosen, (found, _) = checked_settings(model, config, settings, plan_only=True)
-    rehearsal = Rehearsal(model, found, optimizer=find_optimizer(model, optimizer))
-    return rehearsal.plan(chosen, args, kwargs, peak=peak or compare, compare=compare)
+    chosen, (found, _), trained_with = checked_settings(model, config, settings, plan_only=True, optimizer=optimizer)
+    return Rehearsal(model, found, optimizer=trained_with).plan(
+        chosen, args, kwargs, peak=peak or compare, compare=compare
+    )
 
 
 def checked_settings(
-    model: nn.Module, config: Config | None, settings: dict[str, Any], *, plan_only: bool
-) -> tuple[Config, FoundUnits]:
-    """Settings and units, or one error with everything that is wrong with settings and model."""
+    model: nn.Module,
+    config: Config | None,
+    settings: dict[str, Any],
+    *,
+    plan_only: bool,
+    optimizer: OptimizerChoice | None = None,
+) -> tuple[Config, FoundUnits, Optimizer | None]:
+    """Settings, units and optimizer, or one error with everything that is wrong with them and the model."""
     problems = Problems()
     chosen = problems.run(lambda: _config(config, settings))
     problems.run(lambda: check_model(model, optimized=tuple(_SESSIONS), plan_only=plan_only))
@@ -138,9 +144,10 @@ def checked_settings(
     problems.run(lambda: check_disabled_passes(disabled, pass_names()))
     units = settings.get("units") if chosen is None else chosen.units
     found = problems.run(lambda: find_units(model, units)) if isinstance(model, nn.Module) else None
+    given = problems.run(lambda: find_optimizer(model, optimizer)) if isinstance(model, nn.Module) else None
     problems.raise_all()
     assert chosen is not None and found is not None
-    return chosen, found
+    return chosen, found, given
 
 
 def _config(config: Config | None, settings: dict[str, Any]) -> Config:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from slimfit_fx.api import checked_settings
-from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
+from slimfit_fx.beside_steps import OptimizerChoice
 from slimfit_fx.capture.fit import fits
 from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
@@ -101,10 +101,9 @@ def max_batch(
         settings = {**settings, "memory_budget": memory_budget}
     else:
         config = dataclasses.replace(config, memory_budget=memory_budget)
-    chosen, (units, _) = checked_settings(model, config, settings, plan_only=True)
+    chosen, (units, _), given = checked_settings(model, config, settings, plan_only=True, optimizer=optimizer)
     sized = SizedExample.of(example)
-    rehearsal = Rehearsal(model, units, faked=True, optimizer=find_optimizer(model, optimizer))
-    probes = _Probes(rehearsal, chosen, sized)
+    probes = _Probes(Rehearsal(model, units, faked=True, optimizer=given), chosen, sized)
     budget = probes.rehearsal.budget(chosen)
     batch, index = largest_batch(
         lambda c, b: probes.takes(c, b).total_bytes,

@@ -105,7 +105,7 @@ def front(
     Raises:
         ValueError: bad settings, or a model that cannot be captured.
     """
-    chosen, (units, _) = checked_settings(model, config, settings, plan_only=True)
+    chosen, (units, _), _ = checked_settings(model, config, settings, plan_only=True)
     args, kwargs = arguments_of_forward(example)
     rehearsal = Rehearsal(model, units, faked=True)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -17,7 +17,7 @@ from distributed_worker import Watch, history, weights
 from reference import optimized
 from small_models import Tiny
 from test_hf_trainer import SETTINGS, Still, bert, trainer
-from test_loops import batches
+from test_loops import accumulate, batches
 
 import slimfit_fx
 from slimfit_fx.integrations import SlimFitCallback
@@ -54,13 +54,7 @@ def loop() -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     watch = Watch(model, session, optimizer)
     net, optimizer, loader = prepared.prepare(model, optimizer, batches(48 * dist.get_world_size()))
-    for batch in loader:
-        with prepared.accumulate(net):
-            prepared.backward(net(*batch))
-            if prepared.sync_gradients:
-                prepared.clip_grad_norm_(net.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
+    accumulate(prepared, net, optimizer, loader)
     return seen(model, watch)
 
 

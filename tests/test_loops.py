@@ -227,6 +227,19 @@ def batches(count: int) -> Any:
     return torch.utils.data.DataLoader(whole, batch_size=4)
 
 
+def accumulate(ours: Any, net: Any, optimizer: Any, loader: Any, schedule: Any = None) -> None:
+    """A loop as Accelerate's users write it: accumulation and clipping."""
+    for batch in loader:
+        with ours.accumulate(net):
+            ours.backward(net(*batch))
+            if ours.sync_gradients:
+                ours.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("order", ["before prepare", "after prepare"])
 def test_an_accelerate_loop(order, tmp_path):
     """Accumulation, bf16, clipping, a learning-rate schedule; saved by Accelerate and resumed bit for bit."""
@@ -245,27 +258,17 @@ def test_an_accelerate_loop(order, tmp_path):
         ours.register_for_checkpointing(session)
         return ours, net, optimizer, loader, schedule, session
 
-    def train(ours: Any, net: Any, optimizer: Any, loader: Any, schedule: Any) -> None:
-        for batch in loader:
-            with ours.accumulate(net):
-                ours.backward(net(*batch))
-                if ours.sync_gradients:
-                    ours.clip_grad_norm_(net.parameters(), 0.5)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-
     torch.manual_seed(3)
     *parts, session = start()
     watch = Watch(parts[0].unwrap_model(parts[1]), session, parts[2].optimizer)
-    train(*parts)
+    accumulate(*parts)
     parts[0].save_state(str(tmp_path / "state"))
-    train(*parts)
+    accumulate(*parts)
     assert session.steps == 8 and session.recompiles == 0
     assert watch.looked and watch.moved == [] and watch.gradients == []
     *again, resumed = start()
     again[0].load_state(str(tmp_path / "state"))
-    train(*again)
+    accumulate(*again)
     assert resumed.state_dict() == session.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(parts[1].parameters(), again[1].parameters(), strict=True))
 

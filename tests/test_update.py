@@ -232,7 +232,7 @@ def test_a_plan_counts_the_state_of_the_optimizer_that_is_given():
     plain = slimfit_fx.plan(Encoder(), *batch)
     adam, sgd = (slimfit_fx.plan(Encoder(), *batch, optimizer=o) for o in (torch.optim.Adam, torch.optim.SGD))
     assert adam.optimizer_bytes > 0.99 * plain.optimizer_bytes > sgd.optimizer_bytes == 0
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, .* got 'sgd'"):
-        slimfit_fx.plan(Encoder(), *batch, optimizer="sgd")
+    with pytest.raises(ValueError, match=r"freeze_rate(?s:.*)optimizer must be a torch.optim.Optimizer, .* got 'sgd'"):
+        slimfit_fx.plan(Encoder(), *batch, freeze_rate=2.0, optimizer="sgd")
     with pytest.raises(ValueError, match="optimizer must hold the model's parameters"):
         slimfit_fx.optimize(Encoder(), optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))]))
