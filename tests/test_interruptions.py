@@ -14,8 +14,8 @@ import pytest
 import torch
 from reference import differences, equal_bits, optimized, step
 from small_models import Tiny, optimizer_state, same_state, tokens
-from test_training import Skipped, grads_of, pair
 from torch import Tensor, nn
+from training_loops import Skipped, grads_of, pair
 
 import slimfit_fx
 
