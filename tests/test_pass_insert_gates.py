@@ -31,6 +31,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, GATE, GATES, LAID_OUT, RELEASE, insert_gates
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.verify import COND, GHOST, STASH
+from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.ghosts import is_ghost
 
 
@@ -141,6 +142,18 @@ def test_a_value_that_two_cones_read_is_behind_both_gates(fork):
     inner = [user for user in released.users if user.target is COND]
     assert len(inner) == 2 and frozenset().union(*(c.meta[CONE] for c in inner)) == outer.meta[CONE]
     assert len(calls(graph, ATEN.mm.default)) == 1, "the gradient of the input of last"
+
+
+def test_gates_and_switches_are_on_the_cpu_whatever_the_default_device():
+    """A branch on a tensor elsewhere would wait for that device."""
+    gates = [torch.tensor(False), torch.tensor(True)]
+    param = nn.Parameter(torch.ones(2))
+    with torch.device("meta"):
+        table = GateTable({"w": [param]})
+        assert table.gate_of(param).device.type == table.always_open.device.type == "cpu"
+        table.set_open([], 1)
+        assert table.gate_of(param).device.type == "cpu" and not bool(table.gate_of(param))
+        assert ANY_OPEN(gates).device.type == "cpu" and bool(ANY_OPEN(gates)) and not bool(ANY_OPEN(gates[:1]))
 
 
 @pytest.mark.parametrize("debug", [False, True], ids=["ghosts", "nan"])

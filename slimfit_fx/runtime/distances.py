@@ -49,7 +49,7 @@ class DistanceQueue:
         if stacked.device.type != "cuda":
             self._entries.append(_Pending(names, stacked.cpu()))
             return
-        host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+        host = torch.empty(stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True)
         host.copy_(stacked, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -74,4 +74,6 @@ class DistanceQueue:
 
 
 def _pending_from(distances: Mapping[str, float], *, late: bool) -> _Pending:
-    return _Pending(tuple(distances), torch.tensor(list(distances.values()), dtype=torch.float32), late=late)
+    return _Pending(
+        tuple(distances), torch.tensor(list(distances.values()), dtype=torch.float32, device="cpu"), late=late
+    )

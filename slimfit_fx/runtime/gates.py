@@ -24,9 +24,9 @@ class GateTable:
         self.history: list[tuple[int, frozenset[str]]] = []
         self._unit_of = {id(p): name for name, params in units.items() for p in params}
         self._params = {name: tuple(params) for name, params in units.items()}  # keeps the ids above valid
-        self._gates = {name: torch.tensor(True) for name in self.names}
+        self._gates = {name: torch.tensor(True, device="cpu") for name in self.names}
         self._open = frozenset(self.names)
-        self._always_open = torch.tensor(True)
+        self._always_open = torch.tensor(True, device="cpu")
         self._decided: set[str] = set()
         self._aliases: dict[int, nn.Parameter] = {}
         self.look_again: Callable[[], Callable[[], object] | None] = lambda: None
@@ -51,7 +51,7 @@ class GateTable:
         """Open these units and close all others, from the next forward on."""
         wanted = frozenset(names)
         for name in wanted ^ self._open:
-            self._gates[name] = torch.tensor(name in wanted)
+            self._gates[name] = torch.tensor(name in wanted, device="cpu")
         self._open = wanted
         self._decided.clear()
         self.history.append((step, wanted))

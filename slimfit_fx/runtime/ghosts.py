@@ -59,9 +59,9 @@ def _(size: list[int], stride: list[int], dtype: torch.dtype, device: torch.devi
 @torch.library.custom_op("slimfit_fx::any_open", mutates_args=())
 def any_open(gates: list[Tensor]) -> Tensor:
     """Whether any of ``gates`` (0-dim CPU bools) is open, as one more of their kind."""
-    return torch.tensor(any(bool(g) for g in gates))
+    return torch.tensor(any(bool(g) for g in gates), device="cpu")
 
 
 @any_open.register_fake
 def _(gates: list[Tensor]) -> Tensor:
-    return torch.empty((), dtype=torch.bool)
+    return torch.empty((), dtype=torch.bool, device="cpu")
