@@ -48,6 +48,8 @@ class Settings:
     recompute_price: float = 1.0
     recompute: tuple[str, ...] = ("cheap",)
     """The level; or those among which the planner takes what the closed units pay for."""
+    recompute_share: float = 1.0
+    """Of the blocks, from the first on: where that holds."""
     why_milder: Callable[[str], str | None] = lambda kind: None
     """Why a kind's codec is not that of the preset; None if it is."""
     outline: bool = True
@@ -207,6 +209,7 @@ def _plan(work: Work, settings: Settings) -> int:
         min_bytes=settings.min_bytes,
         recompute_price=settings.recompute_price,
         recompute=levels[0],
+        recompute_share=settings.recompute_share,
         why_milder=settings.why_milder,
     )
     work.planning = planner.plan() if len(levels) == 1 else plan_paid(levels, planner)

@@ -5,32 +5,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slimfit_fx._suggest import unknown
+from slimfit_fx.config_checks import WrongType, problems_of
 from slimfit_fx.presets import (
     DISTANCE_SAMPLE,
     DISTANCE_SAMPLES,
     FALLBACK,
-    LOSSLESS_PRESETS,
     PRESETS,
+    RECOMPUTE,
     CodecTable,
     find_changes,
     resolve,
 )
-from slimfit_fx.schedule import DISTANCES, Scheduler, scheduler_names
+from slimfit_fx.schedule import Scheduler
 
 if TYPE_CHECKING:
     from slimfit_fx.codecs import Codec
     from slimfit_fx.units import UnitChoice
 
-EXECUTORS = ("inductor", "interpreter")
-RECOMPUTE = ("cheap", "products", "blocks")
-"""Levels, each of which may compute again what the one before it may, and more."""
 _OF_THE_PRESET: Any = "of the preset"
 
 
@@ -83,6 +80,9 @@ class Config:
     (matrix products too where that saves more than it costs), ``"blocks"`` (whole blocks from what enters them, like
     gradient checkpointing), or ``"auto"``: of these, what the closed units' spared products pay for. The results are
     the same; less is saved and a step takes longer."""
+    recompute_share: float = 1.0
+    """Share of the repeated blocks, from the first on, for which ``recompute`` says so, in (0, 1]; in the others only
+    cheap work runs again. Backward reaches the first blocks last, when little else is left in memory."""
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""
@@ -95,9 +95,9 @@ class Config:
     def __post_init__(self) -> None:
         """Normalise the fields, then check every one of them."""
         self._normalise()
-        problems = [problem for check in _CHECKS for problem in check(self)]
+        problems = problems_of(self)
         if problems:
-            error = TypeError if all(isinstance(problem, _WrongType) for problem in problems) else ValueError
+            error = TypeError if all(isinstance(problem, WrongType) for problem in problems) else ValueError
             raise error("\n".join(problems))
 
     def _normalise(self) -> None:
@@ -144,7 +144,10 @@ class Config:
         return ", ".join([f"preset {self.preset}", *changes, *self._recomputes()])
 
     def _recomputes(self) -> list[str]:
-        return [] if self.recompute == "cheap" else [f"recompute {self.recompute}"]
+        if self.recompute == "cheap":
+            return []
+        where = "" if self.recompute_share == 1 else f" in the first {self.recompute_share:.0%}"
+        return [f"recompute {self.recompute}{where}"]
 
     def codec_for(self, kind: str) -> Codec | None:
         """Return the codec that stores values of this kind, or None if they are kept as they are.
@@ -192,13 +195,10 @@ class Config:
             "freeze_rate": round(self.freeze_rate, 4),
             "recompute_price": self.recompute_price,
             "recompute": self.recompute_levels,
+            "recompute_share": self.recompute_share,
             "milder": {kind: why for kind in FALLBACK if (why := self.why_milder(kind)) is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-class _WrongType(str):
-    """A problem message about a type rather than a value."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -216,166 +216,3 @@ def _codecs() -> Any:
     from slimfit_fx import codecs  # not at the top: codecs pull in torch operators that a plain import does not need
 
     return codecs
-
-
-def _check_preset(config: Config) -> Iterable[str]:
-    if not isinstance(config.preset, str):
-        yield _WrongType(f"preset must be a string, one of {sorted(PRESETS)}, got {config.preset!r}")
-    elif config.preset not in PRESETS:
-        yield unknown("preset", config.preset, PRESETS)
-
-
-def _check_freeze_rate(config: Config) -> Iterable[str]:
-    rate = config.freeze_rate
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        yield _WrongType(f"freeze_rate must be a number in [0, 1), got {rate!r}")
-    elif not 0.0 <= rate < 1.0:
-        percent = f" (a share, not a percentage: did you mean {float(rate) / 100:g}?)" if 1 < rate < 100 else ""
-        yield f"freeze_rate must be in [0, 1), got {rate!r}{percent}"
-    else:
-        object.__setattr__(config, "freeze_rate", float(rate))
-
-
-def _check_scheduler(config: Config) -> Iterable[str]:
-    scheduler = config.scheduler
-    if isinstance(scheduler, str):
-        if scheduler not in scheduler_names():
-            yield unknown("scheduler", scheduler, scheduler_names())
-    elif not isinstance(scheduler, Scheduler) and not (
-        isinstance(scheduler, type) and issubclass(scheduler, Scheduler)
-    ):
-        yield _WrongType(f"scheduler must be a name, a Scheduler or a subclass of it, got {scheduler!r}")
-
-
-def _check_codecs(config: Config) -> Iterable[str]:
-    if config.codecs is None:
-        return
-    if not isinstance(config.codecs, Mapping):
-        yield _WrongType(f"codecs must be None or a mapping from kind to codec name, got {config.codecs!r}")
-        return
-    known = _codecs().codec_names()
-    for kind, name in config.codecs.items():
-        if kind not in FALLBACK:
-            yield unknown("codecs: the kind", kind, FALLBACK)
-        if name is None:
-            continue
-        if not isinstance(name, str):
-            yield _WrongType(f"codecs[{kind!r}] must be None or a codec name, got {name!r}")
-        elif name not in known:
-            yield unknown(f"codecs[{kind!r}]", name, known) + ", or None to keep the value as it is"
-        elif config.preset in LOSSLESS_PRESETS and not _codecs().get_codec(name).lossless:
-            yield (
-                f"codecs[{kind!r}] must be lossless under preset {config.preset!r}, got {name!r}: "
-                "choose another preset for lossy codecs"
-            )
-
-
-def _check_units(config: Config) -> Iterable[str]:
-    units = config.units
-    if units is None or callable(units) or isinstance(units, str):
-        return
-    if not isinstance(units, Sequence) or not all(isinstance(pattern, str) for pattern in units):
-        yield _WrongType(f"units must be None, a predicate (name, parameter) -> bool or name patterns, got {units!r}")
-    elif not units:
-        yield f"units must name at least one parameter, got {units!r}: use None for the default rule"
-
-
-def _check_choices(config: Config) -> Iterable[str]:
-    for name, legal in (("executor", EXECUTORS), ("distance", DISTANCES), ("recompute", (*RECOMPUTE, "auto"))):
-        value = getattr(config, name)
-        if not isinstance(value, str):
-            yield _WrongType(f"{name} must be a string, one of {sorted(legal)}, got {value!r}")
-        elif value not in legal:
-            yield unknown(name, value, legal)
-
-
-def _check_flags(config: Config) -> Iterable[str]:
-    for name in ("compile_eval", "debug", "gradient_accumulation", "strict"):
-        if not isinstance(value := getattr(config, name), bool):
-            yield _WrongType(f"{name} must be True or False, got {value!r}")
-    if config.dynamic is not None and not isinstance(config.dynamic, bool):
-        yield _WrongType(f"dynamic must be None, True or False, got {config.dynamic!r}")
-
-
-def _check_integers(config: Config) -> Iterable[str]:
-    for name in ("seed", "min_bytes"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            yield _WrongType(f"{name} must be an integer >= 0, got {value!r}")
-        elif value < 0:
-            yield f"{name} must be >= 0, got {value!r}"
-
-
-def _check_distance_sample(config: Config) -> Iterable[str]:
-    most = config.distance_sample
-    if most is None:
-        return
-    if isinstance(most, bool) or not isinstance(most, int):
-        yield _WrongType(f"distance_sample must be None or an integer >= 1, got {most!r}")
-    elif most < 1:
-        yield f"distance_sample must be >= 1, got {most!r}: use None to measure distances on all elements"
-
-
-def _check_disabled_passes(config: Config) -> Iterable[str]:
-    names = config.disabled_passes
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        yield _WrongType(f"disabled_passes must be a tuple of pass names, got {names!r}")
-
-
-def _check_budget(config: Config) -> Iterable[str]:
-    budget = config.memory_budget
-    if budget is None:
-        return
-    legal = "bytes, a size such as '6GiB' or a share of the device's memory in (0, 1]"
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        yield _WrongType(f"memory_budget must be {legal}, got {budget!r}")
-    elif isinstance(budget, str):
-        from slimfit_fx.planning.budget import parse_bytes
-
-        try:
-            parse_bytes(budget)
-        except ValueError as error:
-            yield f"memory_budget must be {legal}: {error}"
-    elif not budget > 0 or (isinstance(budget, float) and budget > 1 and not budget.is_integer()):
-        yield f"memory_budget must be {legal}, got {budget!r}"
-    if config.executor == "interpreter":
-        yield "memory_budget needs executor 'inductor', got 'interpreter': its peak is read off the compiled code"
-
-
-def _check_max_gradient_error(config: Config) -> Iterable[str]:
-    bound = config.max_gradient_error
-    if bound is None:
-        return
-    if isinstance(bound, bool) or not isinstance(bound, numbers.Real):
-        yield _WrongType(f"max_gradient_error must be None or a number >= 0, got {bound!r}")
-    elif not 0 <= bound < float("inf"):
-        yield f"max_gradient_error must be a finite number >= 0 (0.05 allows five percent), got {bound!r}"
-    elif not any(problem for check in (_check_preset, _check_codecs) for problem in check(config)):
-        object.__setattr__(config, "max_gradient_error", float(bound))
-        for problem in _sensitivity().describe_unmeasured(resolve(config.codec_table)):
-            yield f"max_gradient_error {bound:g} cannot be promised: {problem}"
-
-
-def _check_price(config: Config) -> Iterable[str]:
-    price = config.recompute_price
-    if isinstance(price, bool) or not isinstance(price, numbers.Real):
-        yield _WrongType(f"recompute_price must be a number > 0, got {price!r}")
-    elif not 0 < price < float("inf"):
-        yield f"recompute_price must be a finite number > 0, got {price!r}"
-
-
-_CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
-    _check_preset,
-    _check_freeze_rate,
-    _check_scheduler,
-    _check_codecs,
-    _check_units,
-    _check_choices,
-    _check_flags,
-    _check_integers,
-    _check_distance_sample,
-    _check_disabled_passes,
-    _check_budget,
-    _check_max_gradient_error,
-    _check_price,
-)

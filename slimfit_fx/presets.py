@@ -10,6 +10,16 @@ from collections.abc import Mapping
 
 CodecTable = Mapping[str, str | None]
 
+EXECUTORS = ("inductor", "interpreter")
+RECOMPUTE = ("cheap", "products", "blocks")
+"""Levels, each of which may compute again what the one before it may, and more."""
+RECOMPUTE_SHARES: dict[str, tuple[float, ...]] = {
+    "cheap": (1.0,),
+    "products": (0.25, 0.5, 0.75, 1.0),
+    "blocks": (0.5, 1.0),
+}
+"""Of how many of the blocks a budget tries each level, in order."""
+
 FALLBACK: dict[str, str | None] = {
     "float": None,  # any saved floating-point value
     "mask": None,  # a saved boolean value

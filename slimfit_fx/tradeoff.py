@@ -20,13 +20,15 @@ from torch import nn
 
 from slimfit_fx.api import checked_settings
 from slimfit_fx.beside_steps import open_count
-from slimfit_fx.config import RECOMPUTE, Config
+from slimfit_fx.config import Config
 from slimfit_fx.fit import arguments_of_forward
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.roofline import Roofline, roofline_of
 from slimfit_fx.rehearsal import Rehearsal, known_step
 
 PRESETS = ("exact", "balanced", "max")
+_STEPS = (("cheap", 1.0), ("products", 0.5), ("products", 1.0), ("blocks", 0.5), ("blocks", 1.0))
+"""Levels of recompute, and of how many of the blocks."""
 SHARES = (0.8, 0.5, 0.2, 0.1, 0.05)
 """Settings of torch's ``activation_memory_budget`` that are drawn in."""
 
@@ -150,11 +152,13 @@ def _ours(
         share = opened / max(1, len(rehearsal.units))
         return FrontPoint(name, True, trace.worst(opened)[0], roofline.expected_ms(trace.work, share))
 
-    for level in RECOMPUTE:
+    config = dataclasses.replace(config, memory_budget=None)
+    for level, share in _STEPS:
+        stepped = dataclasses.replace(config, recompute=level, recompute_share=share)
         for preset in presets:
-            settings = dataclasses.replace(config, preset=preset, recompute=level, codecs=None, memory_budget=None)
+            settings = dataclasses.replace(stepped, preset=preset, codecs=None)
             yield settings.label, lambda s=settings: point(s.label, s)  # type: ignore[misc]
-        settings = dataclasses.replace(config, preset="exact", recompute=level, freeze_rate=0.0, memory_budget=None)
+        settings = dataclasses.replace(stepped, preset="exact", freeze_rate=0.0)
         name = f"{settings.label}, nothing frozen"
         yield name, lambda s=settings, n=name: point(n, s)  # type: ignore[misc]
 

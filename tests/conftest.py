@@ -70,4 +70,4 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def cheap_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets try presets, but not to run products or blocks again: a third of the plans."""
-    monkeypatch.setattr("slimfit_fx.planning.budget.RECOMPUTE", ("cheap",))
+    monkeypatch.setattr("slimfit_fx.planning.budget.RECOMPUTE_SHARES", {"cheap": (1.0,)})

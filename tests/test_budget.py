@@ -82,6 +82,9 @@ def test_a_share_is_one_of_the_device():
         ({"memory_budget": 10, "executor": "interpreter"}, ValueError, "memory_budget needs executor 'inductor'"),
         ({"recompute_price": 0}, ValueError, "recompute_price must be a finite number > 0, got 0"),
         ({"recompute_price": "low"}, TypeError, "recompute_price must be a number > 0, got 'low'"),
+        ({"recompute_share": 0}, ValueError, r"recompute_share must be in \(0, 1\], got 0"),
+        ({"recompute_share": None}, TypeError, r"recompute_share must be a number in \(0, 1\], got None"),
+        ({"recompute_share": 0.5}, ValueError, "recompute_share 0.5 needs recompute 'products' or 'blocks', got 'ch"),
     ],
 )
 def test_settings_are_checked_before_anything_is_traced(settings, error, match):
@@ -98,18 +101,29 @@ def test_no_budget_without_a_compiler(monkeypatch):
 def test_candidates_go_from_the_least_lossy_to_what_was_asked_for_and_recompute_more_only_then():
     presets = {p: [c.preset for c in candidates(Config(preset=p))] for p in ("exact", "paper", "balanced", "max")}
     assert presets == {
-        "exact": ["exact"] * 3,
-        "paper": ["exact", "paper"] * 3,
-        "balanced": ["exact", "balanced"] * 3,
-        "max": ["exact", "balanced", "max", "max", "max"] * 3,
-    }
-    levels = [c.recompute for c in candidates(Config(preset="balanced"))]
-    assert levels == ["cheap", "cheap", "products", "products", "blocks", "blocks"]
-    assert [c.recompute for c in candidates(Config(preset="exact", recompute="products"))] == ["products", "blocks"]
+        "exact": ["exact"] * 7,
+        "paper": [*["exact", "paper"], *["paper"] * 3, *["exact", "paper"], "paper", *["exact", "paper"]],
+        "balanced": [*["exact", "balanced"], *["balanced"] * 3, *["exact", "balanced"], "balanced",
+                     *["exact", "balanced"]],
+        "max": [*["exact", "balanced", *["max"] * 3], *["max"] * 3, *["exact", "balanced", *["max"] * 3], "max",
+                *["exact", "balanced", *["max"] * 3]],
+    }  # fmt: skip
     chosen = candidates(Config(preset="max", codecs={"gelu_input": "int2"}, freeze_rate=0.5))
     assert [c.codecs for c in chosen if c.preset != "max"] == [None, None] * 3
-    assert [c.codecs for c in chosen][4::5] == [{"gelu_input": "int2"}] * 3
+    mine = [(c.recompute, c.recompute_share) for c in chosen if c.codecs == {"gelu_input": "int2"}]
+    assert len(mine) == len(set(mine)) == 7, "the last of each step"
     assert {c.freeze_rate for c in chosen} == {0.5}
+
+
+def test_more_runs_again_step_by_step_from_what_was_asked_for():
+    def steps(**settings: object) -> list[tuple[str, float]]:
+        return [(c.recompute, c.recompute_share) for c in candidates(Config(preset="exact", **settings))]
+
+    everything = [("cheap", 1.0), *(("products", s) for s in (0.25, 0.5, 0.75, 1.0)), ("blocks", 0.5), ("blocks", 1.0)]
+    assert steps() == steps(recompute="auto") == everything
+    assert steps(recompute="products") == [("products", 1.0), ("blocks", 0.5), ("blocks", 1.0)]
+    assert steps(recompute="products", recompute_share=0.6) == [("products", 0.6), *everything[3:]]
+    assert steps(recompute="blocks") == [("blocks", 1.0)]
 
 
 def test_between_two_presets_some_kinds_have_the_codec_of_one_and_some_of_the_other():
@@ -188,7 +202,7 @@ def test_another_optimizer_leads_to_another_plan_only_if_that_helps(now, again, 
 
 @pytest.mark.parametrize(
     ("first", "update", "expected"),
-    [(0, 20, True), (5, 20, False), (0, 200, False)],
+    [(0, 20, True), (-1, 20, False), (0, 200, False)],
     ids=["larger before", "smallest before", "the optimizer takes most"],
 )
 def test_graphs_before_a_break_are_planned_again_if_that_helps(first, update, expected):

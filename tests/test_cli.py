@@ -251,7 +251,7 @@ def test_every_command_about_a_model_has_the_same_options():
 @pytest.mark.slow
 def test_front_for_real(tmp_path, monkeypatch):
     """Fewer points than a user gets: each is a dry run."""
-    monkeypatch.setattr("slimfit_fx.tradeoff.RECOMPUTE", ("cheap",))
+    monkeypatch.setattr("slimfit_fx.tradeoff._STEPS", (("cheap", 1.0),))
     monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "presets", ("max",))
     monkeypatch.setitem(slimfit_fx.front.__kwdefaults__, "shares", (0.5,))
     config = transformers.BertConfig(

@@ -80,6 +80,8 @@ def test_labels_name_what_differs_from_the_preset():
     assert Config(preset="max", codecs={"float": "int8"}, recompute="blocks").label == (
         "preset max, float int8, recompute blocks"
     )
+    part = Config(recompute="products", recompute_share=0.25)
+    assert part.label == "preset balanced, recompute products in the first 25%"
     assert Config(codecs={"normalised": None, "mask": None}).label == "preset balanced, mask kept, normalised kept"
     mixed = Config(preset="max").with_codecs({**resolve(PRESETS["max"]), "float": "int8", "normalised": "int8"})
     assert mixed.label == "preset max, float int8, normalised int8"
@@ -136,6 +138,7 @@ def test_fingerprint_follows_what_changes_a_graph():
     same += [{"max_gradient_error": 5.0}]
     other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
     other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}, {"max_gradient_error": 0.001}]
+    other += [{"recompute": "blocks"}, {"recompute": "blocks", "recompute_share": 0.5}]
     assert {dataclasses.replace(base, **change).fingerprint() for change in same} == {base.fingerprint()}
     prints = {dataclasses.replace(base, **change).fingerprint() for change in other}
     assert len(prints) == len(other) and base.fingerprint() not in prints

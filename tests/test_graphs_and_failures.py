@@ -281,3 +281,26 @@ def test_flipping_never_compiles():
         session.freeze([name, other])
         assert differences(expected, step(model, model, tokens())[1], closed={name, other}) == []
     assert (session.compiles, session.recompiles) == (1, 0)
+
+
+class Adapted(torch.nn.Module):
+    """Finds its parts' attributes as its own, as the wrappers of PEFT do."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+    def forward(self, *data):
+        return self.inner(*data)
+
+
+def test_a_plan_names_modules_as_the_model_does_whatever_finds_its_attributes():
+    rows = slimfit_fx.plan(Adapted(Tiny(depth=2)), *tokens(), config=slimfit_fx.Config(min_bytes=0)).rows
+    modules = {name for name, _ in Adapted(Tiny(depth=2)).named_modules()}
+    assert {row.module for row in rows} <= modules and any("blocks.1" in row.module for row in rows)

@@ -12,11 +12,12 @@ from small_models import Tiny, tokens
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.config import RECOMPUTE, Config
+from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
 from slimfit_fx.planning.levels import Level, choose
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.roofline import node_flops
+from slimfit_fx.presets import RECOMPUTE
 
 
 def level(name: str, saved: float, again: float, *, spared: float = 100.0, has_blocks: bool = True) -> Level:

@@ -13,7 +13,6 @@ from small_models import Tiny, tokens
 from strategies import build, inputs, specs
 from torch import fx
 
-from slimfit_fx.config import RECOMPUTE
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.insert_gates import GATE
 from slimfit_fx.planning import stand_ins
@@ -21,6 +20,7 @@ from slimfit_fx.planning.blocks import Meter, TensorSpec, storage_bytes
 from slimfit_fx.planning.graph_run import run_graph
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.stand_ins import DryRun
+from slimfit_fx.presets import RECOMPUTE
 
 NEG, MUL, MM, EXP, T = ATEN.neg.default, ATEN.mul.Tensor, ATEN.mm.default, ATEN.exp.default, ATEN.t.default
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from reference import compile_reference, cosine, differences, equal_bits, optimized, step
 from strategies import Spec, build, inputs, specs
 
-from slimfit_fx.config import RECOMPUTE
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs
 from slimfit_fx.passes.liveness import SERVES
+from slimfit_fx.presets import RECOMPUTE_SHARES
 
 REWRITES = (
     "simplify_joint",
@@ -26,6 +26,9 @@ REWRITES = (
     "hold_recompute",
 )
 """Passes that change graphs. The others tag, decide, or make new graphs (split_joint)."""
+AGAIN = st.sampled_from(
+    [{"recompute": level, "recompute_share": s} for level, shares in RECOMPUTE_SHARES.items() for s in shares]
+)
 
 
 def ours(spec: Spec, **changes):
@@ -59,14 +62,14 @@ def close(session, names) -> frozenset[str]:
 
 
 @settings(max_examples=examples(40))
-@given(spec=specs(), seed=st.integers(0, 2**16), recompute=st.sampled_from(RECOMPUTE))
-@example(spec=Spec(("linear", "batchnorm", "linear"), sizes="all"), seed=0, recompute="cheap")
-def test_gradients_are_those_of_torch(spec, seed, recompute):
+@given(spec=specs(), seed=st.integers(0, 2**16), again=AGAIN)
+@example(spec=Spec(("linear", "batchnorm", "linear"), sizes="all"), seed=0, again={})
+def test_gradients_are_those_of_torch(spec, seed, again):
     """All gates open: bit for bit what torch computes. Any pattern: the same for open units, None for closed."""
     torch._dynamo.reset()
     reference = build(spec)
     expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
-    model, session = ours(spec, recompute=recompute)
+    model, session = ours(spec, **again)
     loss, grads = run(spec, model, model)
     assert equal_bits(expected_loss, loss)
     assert differences(expected, grads) == []
@@ -82,13 +85,13 @@ def test_gradients_are_those_of_torch(spec, seed, recompute):
 
 
 @settings(max_examples=examples(20))
-@given(spec=specs(), seed=st.integers(0, 2**16), recompute=st.sampled_from(RECOMPUTE))
-def test_no_ghost_is_ever_read(spec, seed, recompute):
+@given(spec=specs(), seed=st.integers(0, 2**16), again=AGAIN)
+def test_no_ghost_is_ever_read(spec, seed, again):
     """In debug mode ghosts hold NaN: whoever reads one, passes it on."""
     torch._dynamo.reset()
     reference = build(spec)
     expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
-    model, session = ours(spec, debug=True, recompute=recompute)
+    model, session = ours(spec, debug=True, **again)
     for number in range(3):
         closed = close(session, pattern_of(session.gates.names, seed + number))
         model.load_state_dict(build(spec).state_dict())
@@ -110,9 +113,9 @@ def graphs_of(work) -> list[str]:
 @given(
     spec=specs(),
     preset=st.sampled_from(("exact", "balanced", "max", "paper")),
-    recompute=st.sampled_from(RECOMPUTE),
+    again=AGAIN,
 )
-def test_a_second_run_of_a_pass_changes_nothing(spec, preset, recompute):
+def test_a_second_run_of_a_pass_changes_nothing(spec, preset, again):
     seen = set()
 
     def watch(step, work):
@@ -125,7 +128,7 @@ def test_a_second_run_of_a_pass_changes_nothing(spec, preset, recompute):
         seen.add(step.name)
 
     torch._dynamo.reset()
-    model, session = ours(spec, preset=preset, recompute=recompute)
+    model, session = ours(spec, preset=preset, **again)
     with watching(watch):
         run(spec, model, model)
     assert seen == set(REWRITES)

@@ -10,11 +10,13 @@ from small_models import Tiny, tokens
 from test_levels import post_norm
 from torch import fx
 
-from slimfit_fx.config import RECOMPUTE
+import slimfit_fx
+from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.partition import DECISION
+from slimfit_fx.presets import RECOMPUTE
 
 LEVELS = tuple(RECOMPUTE)
 CLOSED = ("blocks.1.qkv.weight", "blocks.2.norm2.weight", "blocks.0.down.weight", "embed.weight")
@@ -80,6 +82,69 @@ def test_no_chain_runs_through_several_blocks(level):
 def test_levels_save_what_grows_with_depth_only_at_the_borders_of_blocks():
     per_block = {level: saved_bytes(planned(level, depth=7)) - saved_bytes(planned(level, depth=6)) for level in LEVELS}
     assert per_block["blocks"] < 0.6 * per_block["cheap"] and per_block["products"] < per_block["cheap"]
+
+
+def layers_that_run_again(level: str, share: float) -> list[int]:
+    """Per layer, how many of the products of its forward are in backward too."""
+    ids = tokens(batch=8)[0]
+    settings = {"recompute": level, "recompute_share": share, "preset": "exact"}
+    bench = stopped_after("split_joint", post_norm(depth=4), (ids, torch.ones_like(ids)), **settings)
+    pair = bench.work.pair()
+    again = {n.name for n in pair.backward.graph.nodes if n.op == "call_function"}
+    dense = [n for n in pair.forward.graph.nodes if ops.op_name(n) == "addmm"]
+    per_layer = 6  # query, key, value, the attention's output, and the two of the feed-forward part
+    layers = [dense[k : k + per_layer] for k in range(0, 4 * per_layer, per_layer)]
+    return [sum(n.name in again for n in layer) for layer in layers]
+
+
+@pytest.mark.parametrize("level", ["products", "blocks"])
+def test_a_share_of_the_blocks_runs_again_from_the_first_on(level):
+    everywhere = layers_that_run_again(level, 1.0)
+    assert min(everywhere) > 0
+    for share, count in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        again = layers_that_run_again(level, share)
+        assert again[: count - 1] == everywhere[: count - 1], "as if all did"
+        assert again[count - 1] > 0, "the last of them may be cut in two"
+        assert again[count + 1 :] == [0] * len(again[count + 1 :]) and sum(again) < sum(everywhere)
+
+
+def test_the_larger_the_share_the_less_is_saved():
+    def saved(share: float) -> int:
+        model = Tiny(depth=6, dropout=0.1)
+        settings = {"recompute": "blocks", "recompute_share": share, "preset": "exact"}
+        return saved_bytes(stopped_after("split_joint", model, tokens(), **settings))
+
+    sizes = [saved_bytes(planned("cheap", depth=6)), *map(saved, (0.25, 0.5, 0.75, 1.0))]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_share_changes_no_bits(share):
+    again = {"recompute": "blocks", "recompute_share": share}
+    model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, **again)
+    reference = Tiny(depth=4)
+    expected_loss, expected = step(compile_reference(reference), reference, tokens())
+    for closed in ((), CLOSED):
+        session.unfreeze()
+        if closed:
+            session.freeze(closed)
+        loss, grads = step(model, model, tokens())
+        assert equal_bits(expected_loss, loss) and differences(expected, grads, closed=set(closed)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_shares_are_steps_between_the_peaks_of_two_levels():
+    """By dry runs of the compiled code: what a budget between the two gets."""
+
+    def peak(level: str, share: float) -> int:
+        config = Config(preset="exact", scheduler="none", recompute=level, recompute_share=share, min_bytes=0)
+        found = slimfit_fx.plan(Tiny(depth=6), *tokens(batch=64), config=config, peak=True).peak
+        assert found is not None
+        return found.worst_bytes
+
+    peaks = [peak("cheap", 1.0), *(peak("products", share) for share in (0.25, 0.5, 0.75, 1.0))]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
 def test_an_unknown_level_is_refused():

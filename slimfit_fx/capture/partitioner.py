@@ -182,6 +182,7 @@ def settings_of(config: Config) -> Settings:
         disabled=config.disabled_passes,
         recompute_price=config.recompute_price,
         recompute=config.recompute_levels,
+        recompute_share=config.recompute_share,
         outline=config.executor == "inductor",
     )
 

@@ -6,6 +6,7 @@ torch/_functorch/_aot_autograd/descriptors.py), never by their shape or position
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -145,10 +146,15 @@ def hint(size: int | torch.SymInt) -> int:
     return int(value)
 
 
+_OF_A_DICT = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]")
+"""How dynamo spells a submodule of a class with a ``__getattr__`` of its own."""
+
+
 def module_path(node: fx.Node) -> str:
     """Where in the model the value was made ("encoder.layer.0.output.dense"), for reports only."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
+    path = _OF_A_DICT.sub(r".\1", path)
     return path.replace("L['self'].", "").replace("L['self']", "").replace("L['fn'].", "")
 
 

@@ -1,4 +1,6 @@
-"""What repeated blocks of the forward give to each other: saved, so that no chain of recompute runs through several.
+"""Repeated blocks of the forward, and what they give to each other.
+
+That is saved, so that no chain of recompute runs through several blocks.
 
 Where a block begins is nobody's choice but ours: the same number of bytes passes on in many places, say before a norm
 and behind it. The place is taken from which the least must run again. Behind a block that ends in a norm the normalised
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -24,8 +27,17 @@ _MORE_BYTES = 1.25
 """How many times the fewest bytes may pass on where less must run again."""
 
 
-def find_borders(graph: fx.Graph, forward: set[fx.Node], read_by_backward: set[fx.Node]) -> set[fx.Node]:
-    """The values that pass from one block to the next; none if nothing repeats.
+@dataclass(frozen=True)
+class Blocks:
+    """The repeated blocks, in order; none if nothing repeats."""
+
+    windows: tuple[Window, ...] = ()
+    borders: frozenset[fx.Node] = frozenset()
+    """The values that pass from one block to the next."""
+
+
+def find_blocks(graph: fx.Graph, forward: set[fx.Node], read_by_backward: set[fx.Node]) -> Blocks:
+    """Where the forward repeats itself.
 
     ``forward``: what the forward runs; ``read_by_backward``: those of its values that some gradient needs.
     """
@@ -33,14 +45,14 @@ def find_borders(graph: fx.Graph, forward: set[fx.Node], read_by_backward: set[f
     nodes = [n for n in nodes if ops.op_name(n) != "inductor_lookup_seed"]
     run = find_run(nodes, fewest_saved=_FEWEST_REPEATED)
     if run is None:
-        return set()
+        return Blocks()
     places = list(_places(nodes, itertools.islice(cuts(nodes, run), _PLACES_TRIED)))
     if not places:
-        return set()
+        return Blocks()
     fewest = min(size for size, _, _ in places)
     near = [(windows, borders) for size, windows, borders in places if size <= _MORE_BYTES * fewest]
-    _, found = min(near, key=lambda place: _runs_again(place[0], place[1], read_by_backward))
-    return found
+    windows, borders = min(near, key=lambda place: _runs_again(place[0], place[1], read_by_backward))
+    return Blocks(tuple(windows), frozenset(borders))
 
 
 def _places(

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slimfit_fx.config import RECOMPUTE, Config
+from slimfit_fx.config import Config
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.sensitivity import held_bytes, loses_less, maps_between
 from slimfit_fx.planning.workspaces import library_bytes
-from slimfit_fx.presets import FALLBACK, LOSSLESS_PRESETS
+from slimfit_fx.presets import FALLBACK, LOSSLESS_PRESETS, RECOMPUTE_SHARES
 
 _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("exact", "balanced")}
 """Presets that lose less than the one asked for, the most exact first."""
@@ -166,11 +166,27 @@ def fixed_bytes(
 def candidates(config: Config) -> list[Config]:
     """What is tried under a budget, in order: what costs least time first, and of that the least lossy.
 
-    Codecs that the preset allows come before running products again, which costs time in every step; whole blocks are
-    run again only if nothing else fits. That is what ``recompute="auto"`` comes to here.
+    Codecs that the preset allows come before running products again, which costs time in every step, at first in a part
+    of the blocks and with the last codecs only, to save dry runs; whole blocks are run again only if nothing else fits.
+    That is what ``recompute="auto"`` comes to here.
     """
-    levels = RECOMPUTE if config.recompute == "auto" else RECOMPUTE[RECOMPUTE.index(config.recompute) :]
-    return [dataclasses.replace(one, recompute=level) for level in levels for one in _by_error(config)]
+    plain = dataclasses.replace(config, recompute="cheap", recompute_share=1.0)
+    settings = _by_error(plain)
+    return [
+        dataclasses.replace(one, recompute=level, recompute_share=share)
+        for level, share in _recompute_steps(config)
+        for one in (settings if share == 1 else settings[-1:])
+    ]
+
+
+def _recompute_steps(config: Config) -> list[tuple[str, float]]:
+    """Levels of recompute and shares of the blocks, from what the user set on: each saves less than the one before."""
+    steps = [(level, share) for level, shares in RECOMPUTE_SHARES.items() for share in shares]
+    if config.recompute == "auto":
+        return steps
+    own = (config.recompute, config.recompute_share)
+    order = list(RECOMPUTE_SHARES)
+    return [own, *(s for s in steps if (order.index(s[0]), s[1]) > (order.index(own[0]), own[1]))]
 
 
 def _by_error(config: Config) -> list[Config]:

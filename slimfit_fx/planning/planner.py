@@ -18,7 +18,7 @@ from torch import fx
 from slimfit_fx.codecs import Codec, ValueSpec
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
-from slimfit_fx.planning.borders import find_borders
+from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 
@@ -103,8 +103,9 @@ class Planner:
 
     ``codec_for(kind)`` is the preset's table, ``why_milder(kind)`` why it is not; ``min_bytes`` leaves small values
     alone; ``recompute_price`` multiplies every price of running an operator again. ``recompute``: what may run again at
-    all, see ``Config.recompute``. Beyond ``"cheap"`` the values that pass from one repeated block to the next are
-    always saved, so that no chain of recomputation runs through several blocks.
+    all, see ``Config.recompute``, and ``recompute_share`` for which of the blocks, from the first on: backward reaches
+    those last, when the values of all others are gone. Beyond ``"cheap"`` the values that pass from one repeated block
+    to the next are always saved, so that no chain of recomputation runs through several blocks.
     """
 
     def __init__(
@@ -117,12 +118,14 @@ class Planner:
         min_bytes: int,
         recompute_price: float = 1.0,
         recompute: str = "cheap",
+        recompute_share: float = 1.0,
         why_milder: Callable[[str], str | None] = lambda kind: None,
     ) -> None:
-        self.why_milder = why_milder
-        self.recompute_price, self.recompute = recompute_price, recompute
+        self.why_milder = functools.cache(why_milder)
+        self.recompute_price, self.recompute, self.recompute_share = recompute_price, recompute, recompute_share
         self.joint, self.serves_of = joint, serves_of
-        self.codec_for, self.freeze_rate, self.min_bytes = codec_for, freeze_rate, min_bytes
+        self.codec_for = functools.cache(codec_for)
+        self.freeze_rate, self.min_bytes = freeze_rate, min_bytes
         self.backward, self.forward = backward_closure(joint), forward_needs(joint)
         # an element that only backward reads is there all the same once forward ran its operator
         self.forward |= {n for n in joint.graph.nodes if ops.is_getitem(n) and n.args[0] in self.forward}
@@ -136,7 +139,7 @@ class Planner:
 
     def at_level(self, recompute: str) -> Planner:
         """The same planner, with this to run again at most; what does not depend on it is shared."""
-        _ = self.borders, self.needed_backward
+        _ = self.blocks, self.needed_backward
         other = copy.copy(self)
         other.recompute = recompute
         return other
@@ -144,13 +147,26 @@ class Planner:
     @property
     def boundaries(self) -> frozenset[fx.Node]:
         """Values that are saved whatever they cost."""
-        return frozenset() if self.recompute == "cheap" else self.borders
+        return frozenset() if self.recompute == "cheap" else self.blocks.borders & self.early
 
     @functools.cached_property
-    def borders(self) -> frozenset[fx.Node]:
-        """What repeated blocks of the forward give to each other (borders.py)."""
+    def blocks(self) -> Blocks:
+        """The repeated blocks of the forward (borders.py)."""
         read = {i for n in self.needed_backward for i in n.all_input_nodes}
-        return frozenset(find_borders(self.joint.graph, self.forward, read & self.forward))
+        return find_blocks(self.joint.graph, self.forward, read & self.forward)
+
+    @functools.cached_property
+    def early(self) -> set[fx.Node]:
+        """The part of the forward in which ``recompute`` holds: up to the end of a block, if there are any."""
+        if self.recompute_share == 1:
+            return self.forward
+        order = [n for n in self.joint.graph.nodes if n in self.forward]
+        windows = self.blocks.windows
+        ends = [order.index(window[-1]) for window in windows] or list(range(len(order)))
+        return set(order[: ends[math.ceil(self.recompute_share * len(ends)) - 1] + 1])
+
+    def _level_of(self, node: fx.Node) -> str:
+        return self.recompute if node in self.early else "cheap"
 
     def plan(self) -> Planning:
         """The cheapest cut and what is done with each value in it."""
@@ -261,7 +277,7 @@ class Planner:
         # a decision that is asked again of a decoded value could be answered otherwise
         if not ops.is_cheap(node) or ops.is_decision(node):
             return math.inf
-        discount = _BLOCKS_DISCOUNT if self.recompute == "blocks" else 1.0
+        discount = _BLOCKS_DISCOUNT if self._level_of(node) == "blocks" else 1.0
         return self.recompute_price * discount * self._traffic_price(node) * self.chance(node)
 
     def _traffic_price(self, node: fx.Node) -> float:
@@ -279,8 +295,9 @@ class Planner:
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         inner = hint(tensors[-1].meta["val"].shape[0 if tensors[-1].meta["val"].dim() == 2 else -2])
         flops = 2.0 * hint(node.meta["val"].numel()) * inner
-        if self.recompute in _ANY_PRODUCT_FLOPS_PER_BYTE:
-            return flops / _ANY_PRODUCT_FLOPS_PER_BYTE[self.recompute]
+        level = self._level_of(node)
+        if level in _ANY_PRODUCT_FLOPS_PER_BYTE:
+            return flops / _ANY_PRODUCT_FLOPS_PER_BYTE[level]
         of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
         if ops.op_name(node) != "bmm" or not of_activations or inner > 256:
             return math.inf
