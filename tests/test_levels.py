@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +16,15 @@ from torch import nn
 import slimfit_fx
 from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
-from slimfit_fx.planning.levels import Level, choose
+from slimfit_fx.planning import levels
+from slimfit_fx.planning.levels import Level, choose, shrink
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.presets import RECOMPUTE
 
 
-def level(name: str, saved: float, again: float, *, spared: float = 100.0, has_blocks: bool = True) -> Level:
-    return Level(name, Planning(None), saved, again, spared, has_blocks)
+def level(name: str, saved: float, again: float, *, blocks: int = 8, brought: float = 0.0) -> Level:
+    return Level(name, Planning(None), saved, again, 100.0, blocks, brought_back=brought)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +44,35 @@ def test_of_what_is_paid_the_least_is_saved(products, blocks, expected):
 
 def test_without_repeated_blocks_nothing_more_runs_again():
     """A chain of recompute would run through the whole model."""
-    levels = [level("cheap", 80.0, 0.0, has_blocks=False), level("blocks", 1.0, 1.0, has_blocks=False)]
-    assert choose(levels).name == "cheap"
+    found = [level("cheap", 80.0, 0.0, blocks=0), level("blocks", 1.0, 1.0, blocks=0)]
+    assert choose(found).name == "cheap"
 
 
 def test_a_level_at_which_nothing_can_be_planned_is_not_taken():
     assert choose([level("cheap", 80.0, 0.0), level("blocks", math.inf, 0.0)]).name == "cheap"
+
+
+def test_what_the_last_block_brings_back_counts():
+    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, brought=51.0)]).name == "cheap"
+    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, brought=49.0)]).name == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("brought", "share"),
+    [(0.0, 1.0), (4.9, 1.0), (5.1, 0.875), (20.0, 0.5), (39.0, 0.125), (40.0, None), (500.0, None)],
+)
+def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(brought, share, monkeypatch):
+    """Eight blocks save 40, five each."""
+    first, whole = level("cheap", 80.0, 0.0), level("blocks", 40.0, 80.0, brought=brought)
+    monkeypatch.setattr(levels, "plan_level", lambda planner: planner)
+    found = shrink(SimpleNamespace(at_level=lambda *chosen: chosen), whole, first)
+    assert found == (None if share is None else whole if share == 1 else ("blocks", share))
+
+
+def test_a_level_that_saves_nothing_is_dropped():
+    first = level("cheap", 80.0, 0.0)
+    assert shrink(None, level("blocks", 80.0, 0.0), first) is None
+    assert shrink(None, level("blocks", math.inf, 0.0), first) is None
 
 
 def post_norm(depth: int = 5) -> nn.Module:
@@ -81,15 +107,22 @@ def test_blocks_are_cut_where_the_least_runs_again():
 
 @pytest.mark.parametrize(("freeze_rate", "expected"), [(0.9, "products"), (0.2, "cheap")])
 def test_the_plan_says_what_was_chosen(freeze_rate, expected):
-    config = Config(recompute="auto", freeze_rate=freeze_rate, min_bytes=0)
-    plan = slimfit_fx.plan(Tiny(depth=4), *tokens(batch=8), config=config)
+    config = Config(preset="exact", recompute="auto", freeze_rate=freeze_rate, min_bytes=0)
+    plan = slimfit_fx.plan(Tiny(depth=6), *tokens(batch=8), config=config)
     (note,) = (n for n in plan.notes if "recompute" in n)
     assert note.startswith(f'graph 0: recompute "auto": {expected}')
 
 
+def test_the_plan_says_in_how_many_of_the_blocks():
+    ids = tokens(batch=8)[0]
+    plan = slimfit_fx.plan(post_norm(depth=6), ids, torch.ones_like(ids), config=Config(recompute="auto", min_bytes=0))
+    (note,) = (n for n in plan.notes if "recompute" in n)
+    assert re.search(r'"auto": \w+ in the first \d+%, \d+% of the operations', note)
+
+
 def test_gradients_are_the_same_bits():
-    model, session = optimized(Tiny(depth=4), preset="exact", freeze_rate=0.9, min_bytes=0, recompute="auto")
-    reference = Tiny(depth=4)
+    model, session = optimized(Tiny(depth=6), preset="exact", freeze_rate=0.9, min_bytes=0, recompute="auto")
+    reference = Tiny(depth=6)
     expected_loss, expected = step(compile_reference(reference), reference, tokens())
     loss, grads = step(model, model, tokens())
     assert equal_bits(expected_loss, loss)

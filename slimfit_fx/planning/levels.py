@@ -2,8 +2,11 @@
 
 A closed unit saves the product of its weight's gradient. With r of the units closed, that is up to r/3 of the step, and
 whole blocks cost less than that to run again: each level of recompute is planned, and of those whose products are paid
-for the one that saves the fewest bytes is taken. Products stand for time: they make up nearly all of it where there is
-memory to be saved.
+for the one with the fewest bytes at the peak is taken. Products stand for time: they make up nearly all of it where
+there is memory to be saved.
+
+The peak falls where backward begins: all that is saved is there, and what the last block has brought back for its own
+backward. So the last blocks, as many as save no more than one of them brings back, need not run again: ``shrink``.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.planning.planner import Planner, Planning
 from slimfit_fx.planning.roofline import node_flops
 
@@ -31,41 +36,66 @@ class Level:
     """Operations of products that forward ran and backward runs again."""
     spared: float
     """Operations of products that only closed units need."""
-    has_blocks: bool
-    """Repeated blocks were found, so that no chain of recompute runs through the whole model."""
+    blocks: int
+    """How many repeated blocks were found; without any a chain of recompute would run through the whole model."""
+    share: float = 1.0
+    """Of the blocks, from the first on: where the level holds."""
+    brought_back: float = 0.0
+    """Bytes of the products that run again for the last block's backward, where peaks fall."""
+
+    @property
+    def peak_bytes(self) -> float:
+        """What is there when backward begins, as far as levels differ."""
+        return self.saved_bytes + self.brought_back
 
 
 def plan_level(planner: Planner) -> Level:
     """What ``planner`` comes to at its level."""
     planning = planner.plan()
     cut = planning.cut
+    windows = () if planner.recompute == "cheap" else planner.blocks.windows
+    again = set() if cut is None or not windows else cut.recomputed & set(windows[-1])
     return Level(
         planner.recompute,
         planning,
         saved_bytes=math.inf if cut is None else sum(planner.save_cost(n) for n in cut.saved),
         again=0.0 if cut is None else sum(planner.chance(n) * node_flops(n) for n in cut.recomputed & planner.forward),
         spared=sum((1.0 - planner.chance(n)) * node_flops(n) for n in planner.needed_backward),
-        has_blocks=bool(planner.boundaries),
+        blocks=len(windows),
+        share=planner.recompute_share,
+        brought_back=sum(planner.chance(n) * nbytes(n) for n in again if ops.is_matrix_product(n)),
     )
 
 
+def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
+    """``level`` in the fewest blocks that do not raise its peak; None if ``first``, planned without it, does not."""
+    less = first.saved_bytes - level.saved_bytes
+    spared = math.inf if less <= 0 else int(level.blocks * level.brought_back / less)
+    if spared >= level.blocks:
+        return None
+    return plan_level(planner.at_level(level.name, 1 - spared / level.blocks)) if spared else level
+
+
 def choose(found: Sequence[Level]) -> Level:
-    """Of levels in rising order of recompute the one that saves least among those that the closed units pay for.
+    """Of levels in rising order of recompute the one with the least at the peak among those the closed units pay for.
 
     The first costs nothing extra by definition: others are held against it.
     """
     first = found[0]
 
     def is_paid(level: Level) -> bool:
-        return level is first or (level.has_blocks and level.again - first.again <= _SHARE_SPENT * first.spared)
+        return level is first or (level.blocks > 0 and level.again - first.again <= _SHARE_SPENT * first.spared)
 
-    return min(filter(is_paid, found), key=lambda level: level.saved_bytes)
+    return min(filter(is_paid, found), key=lambda level: level.peak_bytes)
 
 
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note that says so."""
-    chosen = choose([plan_level(planner.at_level(name)) for name in names])
+    first, *more = (plan_level(planner.at_level(name)) for name in names)
+    chosen = choose([first, *filter(None, (shrink(planner, level, first) for level in more))])
     note = f'recompute "auto": {chosen.name}'
+    if chosen.share < 1:
+        note += f" in the first {chosen.share:.0%}"
     if chosen.again and chosen.spared:
         note += f", {chosen.again / chosen.spared:.0%} of the operations that closed units are expected to spare"
     return replace(chosen.planning, note=note)

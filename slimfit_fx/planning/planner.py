@@ -137,11 +137,12 @@ class Planner:
         self._decisions: dict[fx.Node, Decision] = {}
         self._chances: dict[fx.Node, float] = {}
 
-    def at_level(self, recompute: str) -> Planner:
+    def at_level(self, recompute: str, share: float = 1.0) -> Planner:
         """The same planner, with this to run again at most; what does not depend on it is shared."""
         _ = self.blocks, self.needed_backward
         other = copy.copy(self)
-        other.recompute = recompute
+        other.recompute, other.recompute_share = recompute, share
+        vars(other).pop("early", None)
         return other
 
     @property
@@ -163,7 +164,8 @@ class Planner:
         order = [n for n in self.joint.graph.nodes if n in self.forward]
         windows = self.blocks.windows
         ends = [order.index(window[-1]) for window in windows] or list(range(len(order)))
-        return set(order[: ends[math.ceil(self.recompute_share * len(ends)) - 1] + 1])
+        count = math.ceil(self.recompute_share * len(ends) - 1e-9)  # a share may be a rounded quotient
+        return set(order[: ends[count - 1] + 1])
 
     def _level_of(self, node: fx.Node) -> str:
         return self.recompute if node in self.early else "cheap"
