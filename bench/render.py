@@ -138,6 +138,7 @@ def page(folder: Path) -> str:
         _peaks_section(folder),
         sections.lossless_section(folder),
         sections.prediction_section(folder),
+        sections.planning_section(folder),
         sections.accuracy_section(folder),
     ]
     return "\n\n".join([_INTRODUCTION, *filter(None, told)]) + "\n"

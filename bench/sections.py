@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from bench import price
 from bench.accuracy import claims
 from bench.accuracy import table as accuracy_table
 from bench.accuracy.__main__ import CACHE
 from bench.accuracy.cells import QUICK_METHODS
 from bench.accuracy.store import Store
 from bench.accuracy.tasks import TASKS, named_tasks
+from bench.budget import TOLERANCE, rises
 from bench.lossless import verdicts
 from bench.tasks import machines
 
@@ -66,7 +69,49 @@ def prediction_section(folder: Path) -> str:
             f"Budgets: {len(kept)} random ones were accepted, in {len(document['results'])} models; {over} were "
             f"exceeded by more than 1%, {failed} models failed."
         )
+        falling = [result["falling"] for result in document["results"] if result.get("falling")]
+        rose = sum(rises([row["predicted_step"] for row in rows]) for rows in falling)
+        rose += sum(rises([row["measured"] for row in rows], TOLERANCE) for rows in falling)
+        if falling:
+            count = sum(map(len, falling))
+            parts.append(f"{count} more in falling order, in {len(falling)} models: the peak rose {rose} times.")
+        parts += machines([document])
     return "\n\n".join(["## Predicted against measured peaks", *parts]) if parts else ""
+
+
+def planning_section(folder: Path) -> str:
+    """How long plans take, and what the price of running again changes."""
+    parts: list[str] = []
+    for path in sorted(folder.glob("plan-time-*.json")):
+        document = json.loads(path.read_text())
+        captured, planned = zip(*document["rounds"], strict=True)
+        parts.append(
+            f"{document['model']}, batch {document['batch']}, length {document['length']}: captured as torch.compile "
+            f"does in {statistics.median(captured):.1f} s, planned in {statistics.median(planned):.1f} s: "
+            f"{document['beyond_capture_s']:.1f} s beyond capture (at most {document['limit_s']:g})."
+        )
+        parts += machines([document])
+    for path in sorted(folder.glob("plan-big*.json")):
+        document = json.loads(path.read_text())
+        rows = [
+            [row["name"], row["budget"] or "-", row["seconds"], row["host_bytes"] / 2**30, row["peak_bytes"] / 2**30]
+            for row in document["results"]
+            if "error" not in row
+        ]
+        heads = ["planned with its peak", "budget", "seconds (at most 60)", "host GiB (at most 2)", "step peak GiB"]
+        parts += [_table(rows, heads, ("", "", ".1f", ".2f", ".1f")), *machines([document])]
+    for path in sorted(folder.glob("price-*.json")):
+        document = json.loads(path.read_text())
+        said = (
+            "The different plans of BERT-base, batch 16, length 128, at prices of running again from 1/256 to 256\n"
+            "times the planner's own (**predicted**; time by the roofline):"
+        )
+        for result in document["results"]:
+            heads = [f"`{result['settings']['preset']}`", *price.HEADS]
+            parts += [said, _table(list(price.lines(result["cuts"])), heads, price.FORMATS)]
+            said = "The same:"
+        parts += machines([document])
+    return "\n\n".join(["## Planning", *parts]) if parts else ""
 
 
 def accuracy_section(folder: Path) -> str:

@@ -199,19 +199,23 @@ def _simplify(work: Work) -> int:
     return count
 
 
-def _plan(work: Work, settings: Settings) -> int:
-    levels = settings.recompute
-    planner = Planner(
+def make_planner(work: Work, settings: Settings) -> Planner:
+    """The planner of a joint graph, at the first level of recompute."""
+    return Planner(
         work.joint,
         lambda n: n.meta.get(SERVES, frozenset()),
         codec_for=settings.codec_for,
         freeze_rate=settings.freeze_rate,
         min_bytes=settings.min_bytes,
         recompute_price=settings.recompute_price,
-        recompute=levels[0],
+        recompute=settings.recompute[0],
         recompute_share=settings.recompute_share,
         why_milder=settings.why_milder,
     )
+
+
+def _plan(work: Work, settings: Settings) -> int:
+    planner, levels = make_planner(work, settings), settings.recompute
     work.planning = planner.plan() if len(levels) == 1 else plan_paid(levels, planner)
     return tag_cut(work.joint.module, work.planning)
 

@@ -313,6 +313,29 @@ def test_nothing_more_is_tried_where_the_optimizer_takes_most():
     assert not holds and found.judged.total_bytes == 516 and written == candidates(Config(preset="max"))[:1]
 
 
+def held_row(size: int) -> GraphPlan:
+    return GraphPlan(
+        (PlanRow(0, "v", "", "mul", "float", False, (), (), "float32", "keep", None, "", 0, size, 0),), (), ()
+    )
+
+
+def test_what_runs_more_again_but_holds_no_less_is_not_tried():
+    """Nothing fits: all that differ in what they hold are run dry, in order."""
+    tried = candidates(Config(preset="exact"))
+    held = dict(zip(tried, (80, 80, 60, 60, 50, 55, 40), strict=True))
+    written = []
+
+    def attempt(configs, gives_up):
+        for config in configs:
+            if gives_up is None or not gives_up(config, held_row(held[config])):
+                written.append(config)
+                return Attempt(config, held_row(0), (), TRACE, TRACE, Judged(config, 0, 200))
+        raise PlanTooLarge
+
+    first_that_fits(tried, attempt, Budget(100, 1, lambda _: FixedBytes(0, 0, 0, 0)))
+    assert written == [tried[0], tried[2], tried[4], tried[6]]
+
+
 @given(num_units=st.integers(2, 3000), data=st.data())
 def test_a_rate_leaves_as_many_units_open_as_is_said(num_units, data):
     count = data.draw(st.integers(1, num_units - 1))
@@ -477,8 +500,7 @@ def test_the_first_that_fits_is_taken_and_else_the_smallest_of_all(candidates_of
 
     def attempt(configs, gives_up):
         for config in configs:
-            row = PlanRow(0, "v", "", "mul", "float", False, (), (), "float32", "keep", None, "", 0, held[config], 0)
-            plan = GraphPlan((row,), (), ())
+            plan = held_row(held[config])
             if gives_up is None or not gives_up(config, plan):
                 written.append(config)
                 return Attempt(config, plan, (), TRACE, TRACE, Judged(config, 0, total[config]))

@@ -57,15 +57,21 @@ def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Bu
 
     A candidate whose saved values alone are too much is given up before its code is written. If nothing fits, those
     that may still be the smallest are planned to the end, so that what is said to fit is the least that does. Where a
-    step takes no more than the optimizer's, no other candidate can take less.
+    step takes no more than the optimizer's, no other candidate can take less. And a candidate that may run more again
+    than one with the same codecs before it, but holds no less, is none.
     """
     fixed = budget.fixed()
     least = fixed.total + fixed.update
     seen: list[Attempt] = []
     given_up: list[tuple[int, Config]] = []
+    least_held: dict[tuple[tuple[str, str | None], ...], int] = {}
 
     def gives_up(config: Config, plan: GraphPlan) -> bool:
-        held = held_alone(plan, budget)
+        held, codecs = held_alone(plan, budget), tuple(config.codec_map.items())
+        if config.recompute != "cheap" and held >= least_held.get(codecs, held + 1):
+            log.info("budget: %s holds no less than what runs less again", config.label)
+            return True
+        least_held[codecs] = min(held, least_held.get(codecs, held))
         if held > budget.limit:
             log.info("budget: %s holds %d bytes between forward and backward alone", config.label, held)
             given_up.append((held, config))
