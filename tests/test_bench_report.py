@@ -232,10 +232,33 @@ def test_prediction_errors_and_budgets_are_told(folder):
     known = {"results": results, "median_error": 0.005, "largest_error": 0.01, "above_bound": 0}
     (folder / "peak-cpu.json").write_text(json.dumps({**known, "machine": _MACHINE, "commit": None}))
     rows = [{"measured": 103, "budget": 100}, {"measured": 100, "budget": 100}]
-    (folder / "budget-cpu.json").write_text(json.dumps({"results": [{"name": "m", "rows": rows}]}))
+    steps_down = [{"predicted_step": 9, "measured": 90}, {"predicted_step": 10, "measured": 80}]
+    budgets = {
+        "results": [{"name": "m", "rows": rows, "falling": steps_down}, {"name": "n", "rows": [], "falling": []}]
+    }
+    (folder / "budget-cpu.json").write_text(json.dumps({**budgets, "machine": _MACHINE, "commit": None}))
     section = sections.prediction_section(folder)
     assert "-1.000" in section and "2 cases, 2 steps: median error 0.500%" in section
-    assert "2 random ones were accepted, in 1 models; 1 were exceeded by more than 1%" in section.replace("\n", " ")
+    assert "2 random ones were accepted, in 2 models; 1 were exceeded by more than 1%" in section.replace("\n", " ")
+    assert "2 more in falling order, in 1 models: the peak rose 1 times" in section
+
+
+def test_planning_is_told(folder):
+    assert "vit-large-384" in sections.planning_section(report.RESULTS)
+    for path in folder.glob("pl*.json"):
+        path.unlink()
+    for path in folder.glob("price*.json"):
+        path.unlink()
+    assert sections.planning_section(folder) == ""
+    kept = {"machine": _MACHINE, "commit": None}
+    times = {"model": "m", "batch": 2, "length": 3, "rounds": [[1.0, 2.0], [1.0, 4.0]], "beyond_capture_s": 2.0}
+    (folder / "plan-time-cpu.json").write_text(json.dumps({**times, "limit_s": 5.0, **kept}))
+    cut = {"level": "cheap", "saved_bytes": 2e6, "again_flops": 0.0, "prices": [0.5, 1.0], "peak_bytes": 3_000_000}
+    results = [{"settings": {"preset": "exact"}, "cuts": [cut, {**cut, "prices": [2.0]}]}]
+    (folder / "price-cpu.json").write_text(json.dumps({"results": results, **kept}))
+    section = sections.planning_section(folder)
+    assert "planned in 3.0 s: 2.0 s beyond capture (at most 5)" in section
+    assert "| 0.5 to 1 " in section and "| 2 " in section
 
 
 def test_accuracy_is_shown_for_the_tasks_that_have_cells(folder):
