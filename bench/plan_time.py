@@ -3,7 +3,8 @@
 One BERT-base of 12 layers, batch 16, length 128, on the meta device, in this process. Two things take turns, and
 processor time is counted: capture as torch.compile does it before any code is written (dynamo, AOTAutograd, Inductor's
 joint passes, torch's own partitioner), and ``slimfit_fx.plan`` of the same step. What the second takes more is
-planning: torch's partition for comparison, our passes in place of it, and the optimizer's step. Results go to
+planning: torch's partition for comparison, our passes in place of it, and the optimizer's step. What else runs on a
+machine can only add to either, so the fastest rounds of both are held against each other. Results go to
 ``bench/results/plan-time-cpu.json``.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"round {number} of {options.rounds} ...", file=sys.stderr, flush=True)
         taken = [seconds(lambda: capture(model, inputs)), seconds(lambda: slimfit_fx.plan(model, **inputs))]
         rounds += [taken] if number else []
-    beyond = statistics.median(plan - captured for captured, plan in rounds)
+    fastest = [min(times) for times in zip(*rounds, strict=True)]
+    beyond = fastest[1] - fastest[0]
     if not options.no_save:
         result = {"model": MODEL, **SIZES, "rounds": rounds, "beyond_capture_s": beyond, "limit_s": LIMIT_S}
         report.save("plan-time-cpu", result, device="cpu", module="bench.plan_time")
     print(tabulate(rounds, headers=["capture s", "plan s"], floatfmt=".2f"))
     holds = beyond <= LIMIT_S
-    print(f"\nplanning beyond capture, median: {beyond:.2f} s, must be <= {LIMIT_S:g}: {'PASS' if holds else 'SHORT'}")
+    print(f"\nplanning beyond capture, fastest rounds: {beyond:.2f} s, must be <= {LIMIT_S:g}: {'PASS' if holds else 'SHORT'}")
     return int(options.check and not holds)
 
 

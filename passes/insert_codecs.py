@@ -54,12 +54,14 @@ def _insert_codec(
     assert codec is not None and order is not None, f"the planner gave {value} a codec that cannot hold it"
     inner = int(val.shape[order[-1]]) if order else 1
     back = tuple(order.index(d) for d in range(len(order)))
+    as_it_is = order == back == tuple(range(len(order)))
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        return codec.encode(x.permute(order))
+        return codec.encode(x if as_it_is else x.permute(order))
 
     def decode(*parts: Tensor) -> Tensor:
-        return codec.decode(parts, val.dtype, inner).permute(back)
+        decoded = codec.decode(parts, val.dtype, inner)
+        return decoded if as_it_is else decoded.permute(back)
 
     key = (codec, order)
     parts = encoder.write(encode, [value], key=("encode", key), before=value.next)

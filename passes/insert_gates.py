@@ -19,6 +19,7 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import slimfit_fx.runtime.ghosts
 import slimfit_fx.runtime.hold  # noqa: F401  (registers the operators)
@@ -153,7 +154,7 @@ class _Builder:
         """The name of a module that does what ``branch`` does: branches that are alike are compiled once."""
         text = f"{name.rsplit('_', 1)[1]} {graph_text(branch.nodes)}"
         if text not in self._modules:
-            self.backward.add_submodule(name, fx.GraphModule({}, branch))
+            self.backward.add_submodule(name, _LazyGraphModule({}, branch))  # most never run as Python
             self._modules[text] = name
         return self._modules[text]
 

@@ -62,19 +62,23 @@ class TemplateWriter:
                         node.target, *fx.map_arg((node.args, node.kwargs), lambda n: env[n])
                     )
                     env[node].meta = dict(meta)
-                    env[node].meta["val"] = self._value_of(env[node], node.meta.get("val"))
+                    env[node].meta["val"] = self._value_of(env[node], node)
                 elif node.op == "output":
                     flat = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
                     results = [env[n] for n in flat]
         return results
 
-    def _value_of(self, call: fx.Node, traced: Any) -> Any:
-        """The example value of a call; ``traced`` is that of the same call with operands of the same layout.
+    def _value_of(self, call: fx.Node, template: fx.Node) -> Any:
+        """The example value of a call; ``template`` is the same call with operands of the same layout.
 
-        Computed again only where it must be: for a view, which shares storage, and for symbolic sizes.
+        Computed again only where it must be: for symbolic sizes, and for a view of what is no plain value.
         """
-        if not isinstance(traced, FakeTensor) or traced._has_symbolic_sizes_strides or ops.is_view(call):
+        traced = template.meta.get("val")
+        if not isinstance(traced, FakeTensor) or traced._has_symbolic_sizes_strides:
             return run_fake(self.mode, call)
+        if ops.is_view(call):
+            view = _same_view(traced, _viewed(template), _viewed(call))
+            return run_fake(self.mode, call) if view is None else FakeTensor(self.mode, view, traced.device)
         with no_dispatch():
             layout = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device="meta")
         return FakeTensor(self.mode, layout, traced.device)
@@ -91,6 +95,24 @@ class TemplateWriter:
             traced.graph.eliminate_dead_code()
             self._traces[full_key] = traced.graph
         return self._traces[full_key]
+
+
+def _viewed(node: fx.Node) -> FakeTensor | None:
+    """The example value that a view is one of."""
+    base = node.args[0] if node.args else None
+    val = base.meta.get("val") if isinstance(base, fx.Node) else None
+    return val if isinstance(val, FakeTensor) else None
+
+
+def _same_view(traced: FakeTensor, like: FakeTensor | None, base: FakeTensor | None) -> torch.Tensor | None:
+    """The view of ``base`` that ``traced`` is of ``like``, on the meta device; None if it is no such view."""
+    if base is None or like is None or len({traced.dtype, like.dtype, base.dtype}) > 1:
+        return None
+    if traced.untyped_storage()._cdata != like.untyped_storage()._cdata:  # a reshape that had to copy
+        return None
+    offset = base.storage_offset() + traced.storage_offset() - like.storage_offset()
+    with no_dispatch():
+        return base.as_strided(traced.shape, traced.stride(), offset)
 
 
 def _signature(val: torch.Tensor) -> tuple[Any, ...]:

@@ -257,7 +257,7 @@ def test_planning_is_told(folder):
     results = [{"settings": {"preset": "exact"}, "cuts": [cut, {**cut, "prices": [2.0]}]}]
     (folder / "price-cpu.json").write_text(json.dumps({"results": results, **kept}))
     section = sections.planning_section(folder)
-    assert "planned in 3.0 s: 2.0 s beyond capture (at most 5)" in section
+    assert "planned in 2.0 s, the fastest of 2 rounds: 2.0 s beyond capture (at most 5)" in section
     assert "| 0.5 to 1 " in section and "| 2 " in section
 
 
