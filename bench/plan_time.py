@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.save("plan-time-cpu", result, device="cpu", module="bench.plan_time")
     print(tabulate(rounds, headers=["capture s", "plan s"], floatfmt=".2f"))
     holds = beyond <= LIMIT_S
-    print(f"\nplanning beyond capture, fastest rounds: {beyond:.2f} s, must be <= {LIMIT_S:g}: {'PASS' if holds else 'SHORT'}")
+    verdict = "PASS" if holds else "SHORT"
+    print(f"\nplanning beyond capture, fastest rounds: {beyond:.2f} s, must be <= {LIMIT_S:g}: {verdict}")
     return int(options.check and not holds)
 
 
