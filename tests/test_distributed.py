@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,14 +41,28 @@ ON_TWO = (
 ON_OTHERS = ("ddp_curve", "fsdp_curve", "ddp_resume", "fsdp_resume")
 
 
-def launch(processes: int, folder: pathlib.Path, scenarios: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The results of every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    ran = subprocess.run(
-        [*command, str(WORKER), str(folder), *scenarios], capture_output=True, text=True, timeout=900, cwd=WORKER.parent
-    )
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
+def accelerate_launch(processes: int) -> list[str]:
+    """``--multi_gpu`` is Accelerate's name for several processes on one machine; the script itself asks for CPUs."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+    return [*command, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+
+def run(command: list[str], processes: int, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What each rank wrote to ``folder``."""
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=WORKER.parent)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def launch(
+    processes: int, folder: pathlib.Path, scenarios: tuple[str, ...], starter: Callable[[int], list[str]] = torchrun
+) -> list[dict[str, Any]]:
+    """The results of every rank."""
+    return run([*starter(processes), str(WORKER), str(folder), *scenarios], processes, folder)
 
 
 @pytest.fixture(scope="module")
@@ -214,20 +229,10 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_trainer_and_a_loop_under_accelerate_launch(processes, tmp_path):
-    """``--multi_gpu`` is Accelerate's name for several processes on one machine; the script itself asks for CPUs."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    ran = subprocess.run(
-        [*command, str(WORKER.with_name("accelerate_worker.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=WORKER.parent,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    worker = WORKER.with_name("accelerate_worker.py")
+    ranks = run([*accelerate_launch(processes), str(worker), str(tmp_path)], processes, tmp_path)
     for name, as_in in (("trainer", "trainer"), ("resumed", "trainer"), ("loop", "loop")):
         expected = ranks[0][as_in]
         for found in (rank[name] for rank in ranks):
@@ -237,19 +242,20 @@ def test_trainer_and_a_loop_under_accelerate_launch(processes, tmp_path):
             assert found["bytes_sent"] and found["bytes_not_sent"] >= found["bytes_closed"] > 0, "all of what is closed"
 
 
+def test_fully_shard_under_accelerate_launch(two, tmp_path):
+    """Accelerate's own FSDP wants a GPU; the script shards for itself, and goes as it does under torchrun."""
+    pytest.importorskip("accelerate")
+    for rank, expected in zip(launch(2, tmp_path, ("fsdp_curve",), accelerate_launch), two, strict=True):
+        found, under_torchrun = rank["fsdp_curve"], expected["fsdp_curve"]
+        assert found["losses"] == under_torchrun["losses"] and found["history"] == under_torchrun["history"]
+        assert found["compiles"] == under_torchrun["compiles"] and found["gated"]
+
+
 @pytest.mark.thorough
 def test_lightning_under_torchrun(tmp_path):
     pytest.importorskip("lightning")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ran = subprocess.run(
-        [*command, str(WORKER.with_name("lightning_worker.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=WORKER.parent,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    command = [*torchrun(2), str(WORKER.with_name("lightning_worker.py")), str(tmp_path)]
+    first, second = run(command, 2, tmp_path)
     assert first["steps"] == 8 and first["looked"] and first["moved"] == second["moved"] == []
     assert first["history"] == second["history"] and len({str(opened) for opened in first["history"]}) > 2
     assert 0 < first["traffic"][0] < first["traffic"][1]
