@@ -178,6 +178,8 @@ def _check_price(config: Config) -> Iterable[str]:
         yield WrongType(f"recompute_price must be a number > 0, got {price!r}")
     elif not 0 < price < float("inf"):
         yield f"recompute_price must be a finite number > 0, got {price!r}"
+    else:
+        object.__setattr__(config, "recompute_price", float(price))
 
 
 def _check_share(config: Config) -> Iterable[str]:
@@ -191,6 +193,8 @@ def _check_share(config: Config) -> Iterable[str]:
             f"recompute_share {share!r} needs recompute 'products' or 'blocks', got {config.recompute!r}: it says for "
             "which share of the blocks that holds"
         )
+    else:
+        object.__setattr__(config, "recompute_share", float(share))
 
 
 _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
@@ -142,6 +143,13 @@ def test_fingerprint_follows_what_changes_a_graph():
     assert {dataclasses.replace(base, **change).fingerprint() for change in same} == {base.fingerprint()}
     prints = {dataclasses.replace(base, **change).fingerprint() for change in other}
     assert len(prints) == len(other) and base.fingerprint() not in prints
+
+
+def test_numbers_of_any_type_are_floats():
+    half = Fraction(1, 2)
+    config = Config(freeze_rate=half, recompute_price=half, recompute="blocks", recompute_share=half)
+    assert config.fingerprint() == Config(freeze_rate=0.5, recompute_price=0.5, recompute="blocks",
+                                          recompute_share=0.5).fingerprint()  # fmt: skip
 
 
 def test_fingerprint_is_the_same_in_another_process():

@@ -73,6 +73,7 @@ def test_a_level_that_saves_nothing_is_dropped():
     first = level("cheap", 80.0, 0.0)
     assert shrink(None, level("blocks", 80.0, 0.0), first) is None
     assert shrink(None, level("blocks", math.inf, 0.0), first) is None
+    assert shrink(None, level("blocks", math.inf, 0.0), level("cheap", math.inf, 0.0)) is None, "nothing was planned"
 
 
 def post_norm(depth: int = 5) -> nn.Module:

@@ -15,6 +15,7 @@ from reference import compile_reference, differences, equal_bits, optimized, ste
 from small_models import Tiny, optimizer_state, same_state, tokens
 from torch import nn
 from tower import Tower, rows
+from training_loops import train
 
 import slimfit_fx
 
@@ -22,14 +23,7 @@ SETTINGS: dict[str, Any] = {"executor": "interpreter", "min_bytes": 256}
 
 
 def plain_run(model: nn.Module, optimizer: Any, steps: int = 8, first: int = 0) -> list[float]:
-    losses = []
-    for number in range(first, first + steps):
-        optimizer.zero_grad()
-        loss = model(*tokens(number))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train(model, optimizer, range(first, first + steps))
 
 
 # ---- optimizers and learning rates

@@ -38,11 +38,19 @@ def products(bench: Bench) -> int:
 
 
 @pytest.mark.parametrize(
-    "level", [pytest.param(level, marks=pytest.mark.thorough) if level == "cheap" else level for level in LEVELS]
+    ("level", "share"),
+    [
+        pytest.param("cheap", 1.0, marks=pytest.mark.thorough),
+        ("products", 1.0),
+        ("blocks", 1.0),
+        ("blocks", 0.5),
+        pytest.param("blocks", 0.25, marks=pytest.mark.thorough),
+    ],
 )
-def test_gradients_are_the_same_bits(level):
+def test_gradients_are_the_same_bits(level, share):
     """Of torch's own partition, dropout and closed units included."""
-    model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, recompute=level)
+    again = {"recompute": level, "recompute_share": share}
+    model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, **again)
     reference = Tiny(depth=4)
     expected_loss, expected = step(compile_reference(reference), reference, tokens())
     for closed in ((), CLOSED):
@@ -116,20 +124,6 @@ def test_the_larger_the_share_the_less_is_saved():
 
     sizes = [saved_bytes(planned("cheap", depth=6)), *map(saved, (0.25, 0.5, 1.0))]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
-
-
-@pytest.mark.parametrize("share", [pytest.param(0.25, marks=pytest.mark.thorough), 0.5])
-def test_a_share_changes_no_bits(share):
-    again = {"recompute": "blocks", "recompute_share": share}
-    model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, **again)
-    reference = Tiny(depth=4)
-    expected_loss, expected = step(compile_reference(reference), reference, tokens())
-    for closed in ((), CLOSED):
-        session.unfreeze()
-        if closed:
-            session.freeze(closed)
-        loss, grads = step(model, model, tokens())
-        assert equal_bits(expected_loss, loss) and differences(expected, grads, closed=set(closed)) == []
 
 
 @pytest.mark.thorough

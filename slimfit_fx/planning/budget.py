@@ -180,7 +180,7 @@ def candidates(config: Config) -> list[Config]:
 
 
 def _recompute_steps(config: Config) -> list[tuple[str, float]]:
-    """Levels of recompute and shares of the blocks, from what the user set on: each saves less than the one before."""
+    """Levels of recompute and shares of the blocks, from what the user set on, in rising order of what runs again."""
     steps = [(level, share) for level, shares in RECOMPUTE_SHARES.items() for share in shares]
     if config.recompute == "auto":
         return steps

@@ -70,9 +70,10 @@ def plan_level(planner: Planner) -> Level:
 
 
 def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
-    """``level`` in the fewest blocks that do not raise its peak; None if ``first``, planned without it, does not."""
-    less = first.saved_bytes - level.saved_bytes
-    spared = math.inf if less <= 0 else int(level.blocks * level.brought_back / less)
+    """``level`` in the fewest blocks that do not raise its peak; None if ``first`` peaks no higher than it would."""
+    if not level.saved_bytes < first.saved_bytes:  # also where neither could be planned
+        return None
+    spared = int(level.blocks * level.brought_back / (first.saved_bytes - level.saved_bytes))
     if spared >= level.blocks:
         return None
     return plan_level(planner.at_level(level.name, 1 - spared / level.blocks)) if spared else level
