@@ -236,11 +236,9 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
 
     Else a second model of one process runs the graph of the first, whatever settings it was to be compiled with.
     """
-    from slimfit_fx.rehearsal import CAN_ISOLATE, traceable
+    from slimfit_fx.capture.dynamo import compile_forward
 
-    own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
-    compiled: Callable[..., Any] = torch.compile(traceable(model), **own)
-    return compiled
+    return compile_forward(model, "inductor")
 
 
 def _saving(compiled: Callable[..., Any], share: float) -> Callable[..., Any]:

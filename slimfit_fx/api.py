@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from slimfit_fx import integrations
 from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
+from slimfit_fx.capture.dynamo import compile_forward
 from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
 from slimfit_fx.config import Config
@@ -22,7 +23,7 @@ from slimfit_fx.passes.pipeline import pass_names
 from slimfit_fx.planning.budget import MemoryBudgetError
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.refusals import Problems, check_disabled_passes, check_model
-from slimfit_fx.rehearsal import CAN_ISOLATE, Rehearsal, caused_by, traceable
+from slimfit_fx.rehearsal import Rehearsal, caused_by
 from slimfit_fx.runtime.shapes import ShapeWatch
 from slimfit_fx.session import Session
 from slimfit_fx.ungated import UngatedUnits
@@ -194,14 +195,13 @@ def _place_of(model: nn.Module) -> str:
 
 def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     """What ``model(...)`` calls: compiled and gated in training, as the user wrote it otherwise."""
-    own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
 
     def compile_model() -> Callable[..., Any]:
-        return torch.compile(traceable(model), backend=current.backend, dynamic=current.config.dynamic, **own)
+        return compile_forward(model, current.backend, dynamic=current.config.dynamic)
 
     evaluated: Callable[..., Any] = model._call_impl
     if current.config.compile_eval:
-        evaluated = torch.compile(traceable(model), backend=_EVAL_BACKENDS[current.executor], **own)
+        evaluated = compile_forward(model, _EVAL_BACKENDS[current.executor])
     training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), UngatedUnits()
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from slimfit_fx.beside_steps import Optimizers, make_budget, make_fixed_bytes, open_count, seen_or_given
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
+from slimfit_fx.capture.dynamo import compile_forward, one_graph
 from slimfit_fx.capture.lower import write_plain_code
 from slimfit_fx.capture.off_meta import off_meta
 from slimfit_fx.capture.partitioner import GivesUp, PlanReady, PlanTooLarge
@@ -36,8 +36,6 @@ _BREAKS = (
     "the forward breaks into several graphs, and only the first can be planned before the model has run: train one "
     "step and ask slimfit_fx.session(model).plan (TORCH_LOGS=graph_breaks tells where it breaks)"
 )
-CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-"""Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
 
 
 @dataclass
@@ -177,9 +175,8 @@ def capture_only(model: nn.Module, backend: Callable[..., Any], args: Any, kwarg
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        with torch.enable_grad():
-            own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
-            torch.compile(traceable(model), backend=backend, dynamic=False, **own)(*args, **kwargs)
+        with torch.enable_grad(), one_graph():
+            compile_forward(model, backend, dynamic=False)(*args, **kwargs)
     except Exception as error:
         over = caused_by(error, MemoryBudgetError) or caused_by(error, PlanTooLarge)
         if over is not None:
@@ -199,20 +196,3 @@ def caused_by(error: BaseException | None, kind: type[E]) -> E | None:
                 return candidate
         error = error.__cause__ or error.__context__
     return None
-
-
-def traceable(model: nn.Module) -> Callable[..., Any]:
-    """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
-
-    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``). Where caches
-    cannot be isolated every model gets one: dynamo counts compiles by code, and gives up on the ninth model of a class.
-    """
-    if CAN_ISOLATE and not torch._dynamo.trace_rules.check(model.forward):
-        return model._call_impl
-    self = model  # the name that dynamo's records of modules begin with, as in a method
-
-    def frame(*args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)
-
-    frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
-    return frame

@@ -25,6 +25,7 @@ from slimfit_fx.beside_steps import (
 )
 from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
+from slimfit_fx.capture.dynamo import one_graph
 from slimfit_fx.config import Config
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
@@ -253,15 +254,8 @@ class Session:
         )
 
     def one_graph(self) -> contextlib.AbstractContextManager[Any]:
-        """Called by the engine around each training forward: nobody may split its graph into DDP's buckets.
-
-        torch's DDPOptimizer hands the backend parts whose parameters it no longer recognises; gates would not work.
-        """
-        if self._wrapper is None:
-            return contextlib.nullcontext()
-        import torch._dynamo.config as dynamo
-
-        return dynamo.patch(optimize_ddp=False)
+        """Called by the engine around each training forward."""
+        return one_graph(under_ddp=self._wrapper is not None)
 
     @property
     def traffic(self) -> GatedReduce | None:

@@ -71,7 +71,7 @@ def timeless(row: Row) -> Row:
 
 def test_every_kind_of_method_tries_as_many_learning_rates():
     assert len({len(grid) for grid in GRIDS.values()}) == 1
-    assert learning_rates(FULL, 1e-4) == (5e-5, 1e-4, 2e-4)
+    assert learning_rates(FULL, 1e-4) == (1e-4, 2e-4, 4e-4)
     assert {method.kind for method in METHODS} == set(GRIDS)
 
 
@@ -165,7 +165,7 @@ def test_the_best_rate_is_tried_with_the_first_seed_and_trained_with_the_others(
     run([task], [FULL, BALANCED], [0, 1, 2], store, trainer)
     assert len(trainer.cells) == count_cells([task], [FULL, BALANCED], [0, 1, 2]) == 10
     chosen = [(c.seed, c.learning_rate) for c in trainer.cells if c.method == "full"]
-    assert chosen == [(0, 5e-4), (0, 1e-3), (0, 2e-3), (1, 2e-3), (2, 2e-3)]
+    assert chosen == [(0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 2e-3), (2, 2e-3)]
 
 
 def test_no_learning_rate_is_chosen_by_the_test_split(tmp_path):
@@ -376,7 +376,7 @@ def test_the_tables_state_every_figure():
     found = finished(task, {FULL: {0: 90.0, 1: 92.0}, BALANCED: {0: 89.5, 1: 92.5}, HEAD: {0: 50.0}})
     shown = table.report([task], {task.name: found}, claims.claims({task.name: found}, [task]))
     lines = {line.split()[0]: line for line in shown.splitlines() if line}
-    assert "91.00 +- 12.71" in lines["full"] and "0.0005" in lines["full"]
+    assert "91.00 +- 12.71" in lines["full"] and "0.001" in lines["full"]
     assert "+0.00 +- 6.35" in lines["balanced-0.90-ils"]
     assert "50.00" in lines["head"] and "-40.00" in lines["head"] and "-40.00 +-" not in lines["head"]
     assert "not measured" in shown and "balanced against full, worst task" in shown

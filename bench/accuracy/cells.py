@@ -11,8 +11,8 @@ RATES = (0.80, 0.90, 0.95)
 SCHEDULERS = ("ils", "random", "round_robin")
 
 GRIDS: dict[str, tuple[float, ...]] = {
-    "full": (0.5, 1.0, 2.0),
-    "slimfit": (1.0, 2.0, 4.0),
+    "full": (1.0, 2.0, 4.0),
+    "slimfit": (2.0, 4.0, 8.0),
     "lora": (4.0, 8.0, 16.0),
     "head": (10.0, 40.0, 160.0),
 }

@@ -1,0 +1,59 @@
+"""How dynamo is asked for the graph of a training forward: as one graph, compiled apart from every other model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether models of one class can have compile caches of their own; if not, each needs a frame of its own for that."""
+_SAID_ONCE = ("warning_once", "info_once")
+"""What transformers adds to every logger, for messages about how a model is used."""
+
+
+def compile_forward(
+    model: nn.Module, backend: str | Callable[..., Any], *, dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """``torch.compile`` of ``model(...)``, with a compile cache and a limit of recompiles of its own."""
+    own: dict[str, Any] = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+    compiled: Callable[..., Any] = torch.compile(_traceable(model), backend=backend, dynamic=dynamic, **own)
+    return compiled
+
+
+def _traceable(model: nn.Module) -> Callable[..., Any]:
+    """What torch.compile is given: dynamo skips frames of torch's own files, so ``nn.Sequential`` needs one around it.
+
+    As torch.compile does for modules (torch/_dynamo/eval_frame.py, ``OptimizedModule._initialize``). Where caches
+    cannot be isolated every model gets one: dynamo counts compiles by code, and gives up on the ninth model of a class.
+    """
+    if CAN_ISOLATE and not torch._dynamo.trace_rules.check(model.forward):
+        return model._call_impl
+    self = model  # the name that dynamo's records of modules begin with, as in a method
+
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
+    return frame
+
+
+def one_graph(*, under_ddp: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Hold this around each call of a training forward, which dynamo may trace: what need not break its graph does not.
+
+    A message that transformers says once (``loss_type=None was set in the config``, for one) is not said while
+    tracing. ``under_ddp``: torch's DDPOptimizer would hand the backend parts whose parameters it no longer recognises;
+    gates would not work. Settings of dynamo that change nothing else, and are the user's again afterwards.
+    """
+    import torch._dynamo.config as dynamo  # takes long, and no model is compiled by an import
+
+    changes: dict[str, Any] = {"optimize_ddp": False} if under_ddp else {}
+    silent = {getattr(logging.Logger, name) for name in _SAID_ONCE if hasattr(logging.Logger, name)}
+    if silent:
+        changes["ignore_logging_functions"] = dynamo.ignore_logging_functions | silent
+    return dynamo.patch(changes) if changes else contextlib.nullcontext()
