@@ -1,7 +1,7 @@
 """Run by test_interruptions.py in processes of its own: ``killed_run.py FOLDER STEPS``.
 
 Trains to STEPS, from the last checkpoint in FOLDER if there is one; writes a checkpoint after every third step and the
-number of the step under way to FOLDER/step.
+number of the step under way to FOLDER/step. Both get their names when they are whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main(folder: pathlib.Path, steps: int) -> None:
     else:
         torch.manual_seed(3)
     for step in range(first, steps):
-        (folder / "step").write_text(str(step))
+        (folder / "new").write_text(str(step))
+        os.replace(folder / "new", folder / "step")
         optimizer.zero_grad()
         model(*tokens(step)).backward()
         optimizer.step()

@@ -1,6 +1,7 @@
 """Run by test_distributed.py under torchrun: ``lightning_worker.py FOLDER``; Lightning's DDP on two processes.
 
-Lightning steps with a closure, and DDP fills gradients of closed units with zeros inside of it. Rank r writes
+Lightning steps with a closure, and DDP fills gradients of closed units with zeros inside of it; they are gone when it
+ends. Rank r writes
 FOLDER/rank<r>.pt.
 """
 
@@ -24,6 +25,8 @@ def main(folder: pathlib.Path) -> None:
     session = slimfit_fx.session(module.net)
     found = {
         "history": [sorted(opened) for _, opened in session.gates.history],
+        "gradients": watch.gradients,
+        "clipped": watch.clipped,
         "moved": watch.moved,
         "looked": watch.looked,
         "steps": session.steps,

@@ -256,7 +256,9 @@ def test_lightning_under_torchrun(tmp_path):
     pytest.importorskip("lightning")
     command = [*torchrun(2), str(WORKER.with_name("lightning_worker.py")), str(tmp_path)]
     first, second = run(command, 2, tmp_path)
-    assert first["steps"] == 8 and first["looked"] and first["moved"] == second["moved"] == []
+    for rank in (first, second):
+        assert rank["steps"] == 8 and rank["looked"] and rank["moved"] == rank["gradients"] == []
+        assert not any(rank["clipped"].values()), "DDP's zeros, if anything"
     assert first["history"] == second["history"] and len({str(opened) for opened in first["history"]}) > 2
     assert 0 < first["traffic"][0] < first["traffic"][1]
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])

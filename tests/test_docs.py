@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import pathlib
 import re
 import types
@@ -201,13 +202,47 @@ def test_every_example_of_these_pages_is_run():
 # ---- what works together with what
 
 
+CITED = re.compile(r"`(test_\w+)::(test_\w+)`( \*)?")
+"""A test that is cited, and its star."""
+
+
 def test_the_page_of_what_works_names_tests_that_exist():
-    cited = re.findall(r"`(test_\w+)::(test_\w+)`", (DOCS / "compatibility.md").read_text())
+    cited = [found[:2] for found in CITED.findall((DOCS / "compatibility.md").read_text())]
     assert len(cited) > 30
     for file, name in cited:
         assert re.search(rf"^def {name}\(", (TESTS / f"{file}.py").read_text(), re.MULTILINE), f"{file}::{name}"
 
 
+def rows_of_that_page() -> list[str]:
+    return [line for line in (DOCS / "compatibility.md").read_text().splitlines() if line.startswith("| ")]
+
+
 def test_every_row_of_that_page_names_a_test():
-    rows = [line for line in (DOCS / "compatibility.md").read_text().splitlines() if line.startswith("| ")]
-    assert all("::test_" in row or row.startswith("| what") for row in rows)
+    assert all("::test_" in row or row.startswith("| what") for row in rows_of_that_page())
+
+
+def left_to_test_all(file: str, name: str) -> str:
+    """Which cases of this test ``make test`` leaves out: all, some or none."""
+    module = importlib.import_module(file)
+    of_module = getattr(module, "pytestmark", [])
+    marks = [
+        *(of_module if isinstance(of_module, list) else [of_module]),
+        *getattr(vars(module)[name], "pytestmark", []),
+    ]
+    given = [mark.args[1] for mark in marks if mark.name == "parametrize"]
+    thorough = [["thorough" in {mark.name for mark in getattr(case, "marks", ())} for case in cases] for cases in given]
+    if any(mark.name == "thorough" for mark in marks) or any(cases and all(cases) for cases in thorough):
+        return "all"
+    return "some" if any(map(any, thorough)) else "none"
+
+
+def test_a_star_on_that_page_is_what_make_test_leaves_out():
+    """Behind a test: all of its cases. Elsewhere in a row: some cases of a test of that row."""
+    met = set()
+    for row in rows_of_that_page():
+        cited = {(file, name, star): left_to_test_all(file, name) for file, name, star in CITED.findall(row)}
+        for (file, name, star), left_out in cited.items():
+            assert bool(star) == (left_out == "all"), f"{file}::{name}: {left_out} of its cases"
+        assert "*" not in CITED.sub("", row) or "some" in cited.values(), row
+        met |= set(cited.values())
+    assert met == {"all", "some", "none"}

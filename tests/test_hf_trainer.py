@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import types
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import digits
 import pytest
@@ -289,31 +290,52 @@ def ours_of(said: Any) -> list[str]:
     return [str(w.message) for w in said if "slimfit_fx" in str(w.message)]
 
 
-@pytest.mark.parametrize("how", ["callback", "optimize", "both"])
-def test_torch_compile_is_ignored_with_a_word(how, tmp_path):
-    model, callbacks = prepared(how)
+@pytest.mark.parametrize(
+    ("how", "executor", "backend"),
+    [
+        *((how, "interpreter", "eager") for how in ("callback", "optimize", "both")),
+        pytest.param("callback", "inductor", None, marks=[pytest.mark.inductor, pytest.mark.thorough]),
+    ],
+    ids=["callback", "optimize", "both", "defaults"],
+)
+def test_torch_compile_is_ignored_with_a_word(how, executor, backend, tmp_path):
+    """``backend``: what torch compiles the model's evaluation with."""
+    model, callbacks = prepared(how, executor=executor)
+    still, settings = Still(), {"torch_compile": True, "torch_compile_backend": backend, "max_steps": 3}
     with pytest.warns(RuntimeWarning) as said:
-        run = trainer(
-            model, tmp_path, callbacks=callbacks, torch_compile=True, torch_compile_backend="eager", max_steps=3
-        )
+        run = trainer(model, tmp_path, callbacks=[*callbacks, still], **settings)
         run.train()
     (message,) = ours_of(said)
     assert "torch_compile=True is ignored" in message
+    still.assert_it_was()
     session = slimfit_fx.session(model)
-    assert session.steps == 3 and session.compiles in (1, 2)
+    assert session.executor == executor and session.steps == 3 and session.compiles in (1, 2)
     assert all(unit.gated for unit in session.plan.units if unit.name != "bert.embeddings.token_type_embeddings.weight")
+    compiles, found = session.compiles, run.evaluate()
+    assert session.compiles == compiles and found["eval_loss"] == pytest.approx(loss_without_us(model), rel=1e-5)
 
 
-def test_gradient_checkpointing_works_with_a_word(tmp_path):
-    model = bert()
+def loss_without_us(model: Any) -> float:
+    """The mean loss on Trainer's data of evaluation, of a plain model with the same weights."""
+    plain = bert().eval()
+    plain.load_state_dict(model.state_dict())
+    batch = {key: torch.tensor(texts(16, seed=1)[key]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        return plain(**batch).loss.item()
+
+
+@pytest.mark.parametrize("how", ["callback", "optimize"])
+def test_gradient_checkpointing_works_with_a_word(how, tmp_path):
+    model, callbacks = prepared(how)
+    still = Still()
     with pytest.warns(RuntimeWarning) as said:
-        run = trainer(
-            model, tmp_path, callbacks=[SlimFitCallback(**SETTINGS)], gradient_checkpointing=True, max_steps=3
-        )
+        run = trainer(model, tmp_path, callbacks=[*callbacks, still], gradient_checkpointing=True, max_steps=3)
         run.train()
     (message,) = ours_of(said)
     assert "checkpoints activations" in message
+    still.assert_it_was()
     assert slimfit_fx.session(model).steps == 3
+    assert run.evaluate()["eval_loss"] == pytest.approx(loss_without_us(model), rel=1e-5)
 
 
 def test_settings_given_twice_are_refused(tmp_path):
@@ -327,19 +349,22 @@ def test_settings_given_twice_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wraps", "said"),
+    ("given", "changed", "said"),
     [
-        ({"deepspeed": "stage2.json"}, r"deepspeed='stage2.json' wraps the model in DeepSpeed.*fully_shard \(FSDP2\)"),
-        ({"fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_config has version 1.*use fully_shard"),
+        ({}, {"deepspeed": "stage2.json"}, r"deepspeed='stage2.json' wraps the model in DeepSpeed.*\(FSDP2\)"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "fsdp_config has version 1.*use fully_shard"),
     ],
     ids=["DeepSpeed", "FSDP1"],
 )
 @pytest.mark.parametrize("how", ["callback", "optimize"])
-def test_what_trainer_would_wrap_the_model_in_is_refused(how, wraps, said):
-    """Told by the arguments alone: Trainer itself would ask for several processes."""
+def test_what_trainer_would_wrap_the_model_in_is_refused(how, given, changed, said, tmp_path):
+    """Told by the arguments alone: Trainer itself would ask for several processes, and for DeepSpeed to be there."""
     model, callbacks = prepared(how)
     run = callbacks[0] if callbacks else AttachedCallback()
-    arguments = types.SimpleNamespace(torch_compile=False, **wraps)
+    with mock.patch.dict(os.environ):  # which FSDP's arguments write to
+        arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, **given)
+    assert {"deepspeed", "fsdp_plugin_args", "torch_compile"} <= vars(arguments).keys(), "as _check reads them"
+    vars(arguments).update(changed)
     with pytest.raises(ValueError, match=said):
         run.on_init_end(arguments, transformers.TrainerState(), transformers.TrainerControl(), model=model)
 

@@ -17,12 +17,19 @@ def in_a_process(code: str) -> str:
 
 
 def test_an_import_takes_little_time_and_no_other_library():
-    found = in_a_process(
-        "import time, sys, torch; begin = time.perf_counter(); import slimfit_fx; took = time.perf_counter() - begin\n"
-        "import slimfit_fx.integrations, slimfit_fx.session\n"
-        f"print(took < 0.3, [m for m in {OPTIONAL} if m in sys.modules], callable(slimfit_fx.session), took)"
-    )
-    assert found.startswith("True [] True"), found
+    """The time is the best of three, which are not all taken if the first is short enough."""
+    times: list[float] = []
+    while len(times) < 3 and min(times, default=1.0) >= 0.3:
+        found = in_a_process(
+            "import time, sys, torch; begin = time.perf_counter(); import slimfit_fx\n"
+            "print(time.perf_counter() - begin)\n"
+            "import slimfit_fx.integrations, slimfit_fx.session\n"
+            f"print([m for m in {OPTIONAL} if m in sys.modules], callable(slimfit_fx.session))"
+        )
+        took, rest = found.split("\n", 1)
+        assert rest == "[] True\n", rest
+        times.append(float(took))
+    assert min(times) < 0.3, times
 
 
 def test_every_public_name_is_there():

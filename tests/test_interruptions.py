@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 import random
 import signal
@@ -39,10 +40,17 @@ class Fragile(Tiny):
             raise self.error
 
 
-@pytest.mark.parametrize(("error", "compiled"), list(zip(ERRORS, (True, False, True), strict=True)), ids=NAMES)
+@functools.cache
+def loss_and_grads_of_fragile():
+    _, _, call, reference = pair(make=Fragile)
+    return step(call, reference, tokens())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["the first", "a later one"])
+@pytest.mark.parametrize("error", ERRORS, ids=NAMES)
 def test_an_error_in_forward(error, compiled):
     """In the first call, which compiles, or in a later one."""
-    model, session, call, reference = pair(make=Fragile, strict=False)
+    model, session, *_ = pair(make=Fragile, strict=False)
     if compiled:
         step(model, model, tokens())
     model.error = error
@@ -50,7 +58,7 @@ def test_an_error_in_forward(error, compiled):
         model(*tokens())
     model.error = None
     loss, grads = step(model, model, tokens())
-    expected_loss, expected = step(call, reference, tokens())
+    expected_loss, expected = loss_and_grads_of_fragile()
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
     assert {unit.name for unit in session.plan.units if unit.gated} == set(session.gates.names)
 
@@ -192,24 +200,49 @@ def test_clipping_does_not_count_closed_units_that_run_eagerly():
     assert not model.embed.weight._post_accumulate_grad_hooks
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_a_random_moment_goes_on_bit_for_bit(tmp_path):
-    script, steps = pathlib.Path(__file__).with_name("killed_run.py"), 24
+WORKER, STEPS = pathlib.Path(__file__).with_name("killed_run.py"), 60
 
-    def start(folder):
-        folder.mkdir(exist_ok=True)
-        return subprocess.Popen([sys.executable, str(script), str(folder), str(steps)], cwd=script.parent)
 
-    assert start(tmp_path / "whole").wait(300) == 0
-    victim, at = start(tmp_path / "killed"), random.randint(7, 20)
-    marker, deadline = tmp_path / "killed" / "step", time.monotonic() + 300
-    while not (marker.exists() and int(marker.read_text() or 0) >= at):
+def start_run(folder: pathlib.Path) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, str(WORKER), str(folder), str(STEPS)], cwd=WORKER.parent)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """What a run that nobody kills ends with."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start_run(folder).wait(300) == 0
+    return torch.load(folder / "end.pt")
+
+
+def kill_within_a_step(victim: subprocess.Popen[bytes], marker: pathlib.Path, at: int, share: float) -> int:
+    """Kill the run when step ``at`` has gone on for ``share`` of what the longest of the last three took.
+
+    Every third step writes a checkpoint. Returns the step in which the run really ended.
+    """
+    begun: dict[int, float] = {}
+    deadline = time.monotonic() + 300
+    while max(begun, default=0) < at:
         assert victim.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
+        if marker.exists():
+            begun.setdefault(int(marker.read_text()), time.monotonic())
+        time.sleep(0.0005 if max(begun, default=0) else 0.02)
+    lately = [begun[number] for number in sorted(begun) if number > max(at - 4, 1)]
+    time.sleep(share * max((later - earlier for earlier, later in itertools.pairwise(lately)), default=0.0))
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed").wait(300) == 0
-    whole, resumed = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "killed"))
-    assert whole["from"] == 0 and 6 <= resumed["from"] <= at + 1
-    assert whole["slimfit_fx"] == resumed["slimfit_fx"]
-    assert all(torch.equal(whole["model"][n], resumed["model"][n]) for n in whole["model"])
+    return int(marker.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in range(1, 8))])
+def test_a_run_killed_at_a_random_moment_goes_on_bit_for_bit(repeat, whole_run, tmp_path):
+    """In forward, backward, the optimizer's step or while a checkpoint is written."""
+    at, share = random.randint(8, 30), random.random()
+    ended = kill_within_a_step(start_run(tmp_path), tmp_path / "step", at, share)
+    assert start_run(tmp_path).wait(300) == 0
+    resumed, said = torch.load(tmp_path / "end.pt"), f"killed in step {ended}, {share:.2f} of step {at}"
+    assert whole_run["from"] == 0 and resumed["from"] in (ended // 3 * 3, (ended + 1) // 3 * 3), said
+    assert whole_run["slimfit_fx"] == resumed["slimfit_fx"], said
+    assert all(torch.equal(whole_run["model"][n], resumed["model"][n]) for n in whole_run["model"]), said

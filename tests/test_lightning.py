@@ -51,9 +51,28 @@ class Watch(lightning.Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, Any] = {}
+        self.clipped: dict[str, bool] = {}
+        """Closed units with a gradient inside of the closure, where Lightning clips; whether it ever was not zero."""
         self.gradients: list[str] = []
+        """Closed units with a gradient when the closure has ended and the optimizer reads gradients."""
         self.moved: list[str] = []
         self.looked = 0
+
+    def closed(self, net: nn.Module) -> dict[str, torch.Tensor]:
+        """The gradients that closed units have, by name."""
+        grads = {name: net.get_parameter(name).grad for name in slimfit_fx.session(net).gates.closed}
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            def closure() -> Any:
+                result = kwargs["closure"]()
+                self.gradients += self.closed(pl_module.net)
+                return result
+
+            return args, {**kwargs, "closure": closure}
+
+        trainer.optimizers[0].register_step_pre_hook(before_step)
 
     def held(self, trainer: Any, net: nn.Module) -> dict[str, Any]:
         optimizer = trainer.optimizers[0]
@@ -63,8 +82,8 @@ class Watch(lightning.Callback):
         self.before = self.held(trainer, pl_module.net)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        closed = slimfit_fx.session(pl_module.net).gates.closed
-        self.gradients += [name for name in closed if pl_module.net.get_parameter(name).grad is not None]
+        for name, grad in self.closed(pl_module.net).items():
+            self.clipped[name] = self.clipped.get(name, False) or bool(grad.any())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = self.held(trainer, pl_module.net)
@@ -97,7 +116,7 @@ def test_a_run_with_everything(how, tmp_path):
     assert run.logged_metrics["slimfit/frozen_share"] == pytest.approx(session.gates.frozen_share)
     assert run.logged_metrics["slimfit/recompiles"] == 0
     assert run.logged_metrics["slimfit/step_peak_bytes"] == session.predict_peak().peak_bytes
-    assert watch.looked and watch.moved == [] and watch.gradients == []
+    assert watch.looked and watch.moved == [] and watch.gradients == [] and watch.clipped == {}
     assert any(d < 2**20 for d in session.scheduler.distances.values()), "distances of what trained"
 
 
@@ -118,7 +137,7 @@ def test_a_run_with_the_default_executor(tmp_path):
     run.fit(module, data)
     session = slimfit_fx.session(module.net)
     assert (session.executor, session.steps, session.compiles, session.recompiles) == ("inductor", 6, 1, 0)
-    assert watch.looked and watch.moved == [] and watch.gradients == []
+    assert watch.looked and watch.moved == [] and watch.gradients == [] and watch.clipped == {}
     (x,) = rows(64)
     module.net.zero_grad()
     found = step_memory(lambda: module.net(x), lambda loss: loss.backward()).peak_bytes

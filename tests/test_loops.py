@@ -30,7 +30,7 @@ def plain_run(model: nn.Module, optimizer: Any, steps: int = 8, first: int = 0) 
 
 
 class OwnAdamW(torch.optim.AdamW):
-    """What 8-bit optimizers are: a subclass whose step is its own."""
+    """A subclass of a subclass, whose step is its own."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -42,17 +42,61 @@ class OwnAdamW(torch.optim.AdamW):
                     param.mul_(1 - group["lr"] * 0.1).sub_(group["lr"] * param.grad.sign())
 
 
+class EightBitAdamW(torch.optim.Optimizer):
+    """Its two moments are a byte per element, and one fp32 scale per block of elements; floats only while it steps."""
+
+    BLOCK = 64
+    LARGEST = {torch.int8: 127, torch.uint8: 255}
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1})
+
+    def encoded(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % self.BLOCK)).view(-1, self.BLOCK)
+        scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-12) / self.LARGEST[dtype]
+        return (blocks / scale).round().to(dtype), scale
+
+    def decoded(self, state: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
+        if name not in state:
+            return torch.zeros_like(like)
+        return (state[name].float() * state[f"{name}_scale"]).flatten()[: like.numel()].view_as(like)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state, moments = self.state[param], {}
+                for name, value, keep, dtype in (
+                    ("mean", param.grad, 0.9, torch.int8),
+                    ("square", param.grad.square(), 0.99, torch.uint8),
+                ):
+                    moments[name] = torch.lerp(value, self.decoded(state, name, param), keep)
+                    state[name], state[f"{name}_scale"] = self.encoded(moments[name], dtype)
+                update = (moments["mean"] / (moments["square"].sqrt() + 1e-8)).clamp_(-1, 1)
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+
+
 MAKERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
     "subclass": lambda p: OwnAdamW(p, lr=1e-2),
+    "8-bit": lambda p: EightBitAdamW(p, lr=1e-2),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "set_to_none"),
-    [("foreach", True), ("foreach", False), ("fused", False), ("subclass", False), ("adafactor", True)],
+    [
+        ("foreach", True),
+        ("foreach", False),
+        ("fused", False),
+        ("subclass", False),
+        ("8-bit", False),
+        ("adafactor", True),
+    ],
 )
 def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
     model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
@@ -74,6 +118,10 @@ def test_no_optimizer_moves_a_closed_unit(kind, set_to_none):
         noted = {name for name, p in params.items() if not same_state(before[name][1], optimizer_state(optimizer, p))}
         assert not (moved | noted) & session.gates.closed and session.gates.open <= moved & noted
     assert session.steps == 6 and len({opened for _, opened in session.gates.history}) > 2
+    if kind == "8-bit":
+        held = [t for state in optimizer.state.values() for t in state.values()]
+        assert {t.dtype for t in held} == {torch.int8, torch.uint8, torch.float32}
+        assert session.plan.optimizer_bytes == sum(t.nbytes for t in held)
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", pytest.param("AdamW4bit", marks=pytest.mark.thorough)])
@@ -131,23 +179,33 @@ def test_a_resumed_optimizer_without_its_schedule_says_so():
 # ---- copies, moves, files
 
 
-def test_averages_of_an_optimized_model():
+@pytest.mark.parametrize(
+    ("kind", "earlier"),
+    [("EMA", 0), ("SWA", 2), *(pytest.param(*given, marks=pytest.mark.thorough) for given in (("EMA", 2), ("SWA", 0)))],
+)
+def test_averages_of_an_optimized_model(kind, earlier):
+    """``earlier``: steps of training before there is an average."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = {name: param.detach().clone() for name, param in model.named_parameters()}
+    plain_run(model, optimizer, earlier)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) if kind == "EMA" else AveragedModel(model)
+    plain = Tiny(depth=1).eval()
+    expected = dict(plain.named_parameters())
     for number in range(3):
-        plain_run(model, optimizer, 1, number)
+        plain_run(model, optimizer, 1, earlier + number)
         average.update_parameters(model)
-        for name, param in model.named_parameters():
-            expected[name] = param.detach().clone() if number == 0 else torch.lerp(expected[name], param.detach(), 0.5)
-    assert session.steps == 3
+        share = {"EMA": 0.5 if number else 1.0, "SWA": 1 / (number + 1)}[kind]
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                expected[name].lerp_(param, share)
+    assert session.steps == earlier + 3
     for name, param in average.module.named_parameters():
-        torch.testing.assert_close(param.detach(), expected[name])
+        torch.testing.assert_close(param, expected[name])
     average.module.eval()
-    assert average(tokens()[0]).shape == (4, 5) and session.compiles == 1
+    torch.testing.assert_close(average(tokens()[0]), plain(tokens()[0]))
+    assert session.compiles == 1 and session.recompiles == 0
     with pytest.raises(ValueError, match="was not optimized"):
         slimfit_fx.session(average.module)
 

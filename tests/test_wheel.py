@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,8 @@ print(Config(preset="max", max_gradient_error=0.05).codec_map["float"])
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> Path:
-    """The wheel's contents, built from a copy of the tree: setuptools leaves files beside its sources."""
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of the tree: setuptools leaves files beside its sources."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
@@ -38,11 +39,27 @@ def unpacked(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", str(folder / "tree"), *options]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = folder.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
+    (found,) = folder.glob("*.whl")
+    assert found.name.endswith("-py3-none-any.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel) -> Path:
+    """The wheel's contents."""
     with zipfile.ZipFile(wheel) as contents:
-        contents.extractall(folder / "unpacked")
-    return folder / "unpacked"
+        contents.extractall(wheel.parent / "unpacked")
+    return wheel.parent / "unpacked"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel) -> Path:
+    """A folder into which pip installed the wheel, without what it depends on."""
+    options = ["--no-deps", "--no-index", "--no-compile", "--target", str(wheel.parent / "installed")]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", str(wheel), *options]
+    done = subprocess.run(command, cwd=wheel.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return wheel.parent / "installed"
 
 
 def test_every_module_and_all_data_are_in_it(unpacked):
@@ -61,6 +78,9 @@ def test_it_has_licence_readme_and_command(unpacked):
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     metadata = (info / "METADATA").read_text()
     assert "License-Expression: MIT" in metadata and "Requires-Dist: torch<2.14,>=2.11" in metadata
+    assert set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)) >= {"hf", "lightning", "peft"}
+    for extra, library in (("hf", "transformers>=5"), ("lightning", "lightning>=2"), ("peft", "peft>=0")):
+        assert re.search(rf'^Requires-Dist: {library}[^;]*; extra == "{extra}"$', metadata, re.MULTILINE), extra
     assert "Fine-tune in a fraction of the memory" in metadata.split("\n\n", 1)[1]
     commands = configparser.ConfigParser()
     commands.read(info / "entry_points.txt")
@@ -78,3 +98,20 @@ def test_it_is_used_from_another_folder(unpacked, tmp_path):
     assert Path(file) == unpacked / "slimfit_fx" / "__init__.py" and int(passes) > 5 and codec == "int8"
     (info,) = unpacked.glob("*.dist-info")
     assert info.name == f"slimfit_fx-{version}.dist-info"
+
+
+def test_the_installed_command_runs_what_was_installed(installed, tmp_path):
+    """Its version is written anew there, so that no other copy can have answered."""
+    version = installed / "slimfit_fx" / "_version.py"
+    (info,) = installed.glob("*.dist-info")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+
+    def said() -> str:
+        command = [str(installed / "bin" / "slimfit-fx"), "--version"]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    assert f"slimfit_fx-{said()}.dist-info" == info.name
+    version.write_text('__version__ = "as installed"\n')
+    assert said() == "as installed"
