@@ -4,7 +4,8 @@ Random small models, presets, batches and budgets between the smallest that fits
 difference; the seed makes them the same in every run. Each accepted budget is held against the allocator's events over
 some steps under ILS, optimizer's step included. The budgets of a model are taken in falling order, and for one model of
 each kind, each with another preset, ten more in even steps: neither the predicted nor the measured peak may rise.
-Results go to ``bench/results/budget-cpu.json``.
+Results go to ``bench/results/budget-cpu.json``, after each model; one that is there is not measured again, but with
+``--again``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--falling", type=int, default=10, help="budgets in even steps, of one group for each model")
     parser.add_argument("--steps", type=int, default=4, help="measured steps under each budget")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="measure what is stored again")
     parser.add_argument("--no-save", action="store_true", help="write no result file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed or a group failed")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -162,15 +164,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         work(options)
         return 0
-    results = []
+    results, kept = [], {} if options.again else finished(report.stored("budget-cpu"), options)
     numbers = [f"--{name}={getattr(options, name)}" for name in ("groups", "budgets", "falling", "steps", "seed")]
     for index, group in enumerate(groups(options.groups, options.seed)):
+        if group.name in kept:
+            results.append(kept[group.name])
+            continue
         print(f"{group.name} ...", file=sys.stderr, flush=True)
-        outcome = report.run_worker("bench.budget", [*numbers, "--worker", str(index)], timeout_s=1800)
-        results.append({"name": group.name, **outcome})
+        outcome = report.run_worker("bench.budget", [*numbers, "--worker", str(index)], timeout_s=3600)
+        results.append({"name": group.name, "commit": report.commit(), **outcome})
         if not options.no_save:
-            report.save("budget-cpu", {"results": results}, device="cpu", module="bench.budget")
+            asked = {"steps": options.steps, "seed": options.seed}
+            report.save("budget-cpu", {**asked, "results": results}, device="cpu", module="bench.budget")
     return _report(results, options)
+
+
+def finished(document: Mapping[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The groups of a result file that are done, by name, each with the commit that it was measured at."""
+    asked = [document.get(name) for name in ("steps", "seed")]
+    if asked != [options.steps, options.seed]:
+        return {}
+    return {
+        result["name"]: {"commit": document["commit"], **result}
+        for result in document["results"]
+        if "error" not in result
+        and len(result["rows"]) == options.budgets
+        and len(result["falling"]) in (0, options.falling)
+    }
 
 
 def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:

@@ -2,13 +2,12 @@
 
 Each case is planned with its physical peak in a process of its own, on the meta device, from a config alone. The time
 is told by phase, as torch's own timers have it; the memory is the process's largest resident set. Results go to
-``bench/results/plan-big.json``, each with its commit; those of cases that do not run stay there.
+``bench/results/plan-big.json``, each with its commit and machine; those of cases that do not run stay there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed_on = ["--worker", name, *(["--budget"] if options.budget else [])]
         outcome = report.run_worker("bench.plan_big", passed_on, timeout_s=options.timeout)
         budget = CASES[name][2] if options.budget else None
-        results.append({"name": name, "budget": budget, "commit": report.commit(), "date": report.now(), **outcome})
+        results.append({"name": name, "budget": budget, **report.stamp("cpu", "bench.plan_big"), **outcome})
         if not options.no_save:
             _save(results, options)
     return _report(results, options)
@@ -95,16 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _save(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     name = "plan-big-budget" if options.budget else "plan-big"
-    path = report.RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"results": []}
+    stored = report.stored(name) or {"results": []}
     report.save(name, {"results": merged(stored, results)}, device="cpu", module="bench.plan_big")
 
 
 def merged(stored: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """``results``, and those of the other cases in the document ``stored``; in the order of the cases."""
-    whole = {key: stored[key] for key in ("commit", "date") if key in stored}
-    rows = {row["name"]: {**whole, **row} for row in stored["results"]} | {row["name"]: row for row in results}
+    rows = {row["name"]: row for row in (*rows_in(stored), *results)}
     return [rows[name] for name in CASES if name in rows]
+
+
+def rows_in(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result file; one that says nothing of its commit, date or machine has those of the file."""
+    whole: dict[str, Any] = {key: document[key] for key in ("commit", "date", "machine") if key in document}
+    return [{**whole, **row} for row in document["results"]]
 
 
 def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:

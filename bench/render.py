@@ -35,7 +35,7 @@ from bench.paper_table import (
 )
 from bench.paper_table import RIVALS as TABLE_RIVALS
 from bench.settings import TASKS as SETTINGS
-from bench.tasks import machines
+from bench.tasks import device_of, machines
 
 README = report.ROOT / "README.md"
 PAGE = report.ROOT / "docs" / "results.md"
@@ -44,6 +44,8 @@ _PEAK_NAMES = {"compile": "torch.compile", "checkpoint": "gradient checkpointing
 _CPU_TOKENS = 1024
 
 Rows = dict[str, dict[str, Any]]
+Documents = Mapping[str, Mapping[str, Any]]
+"""Column -> what a file of bench/memory.py holds."""
 
 
 def rows_of(folder: Path, name: str) -> Rows:
@@ -54,25 +56,61 @@ def rows_of(folder: Path, name: str) -> Rows:
 
 # --- README -------------------------------------------------------------------------------------------------------
 def step_peak_block(folder: Path) -> str:
-    """Return the table of step peaks at 4 and 12 layers, measured on a CPU."""
-    return _peak_table({f"{n} layers": _peaks(folder, f"bert-{n}layers-batch16-len128-fp32-cpu") for n in (4, 12)})
+    """Return the table of step peaks at 4 and 12 layers, measured on a CPU, with a note on how."""
+    return _peak_table(_bert_documents(folder))
 
 
-def _peaks(folder: Path, case: str) -> dict[str, int]:
+def _bert_documents(folder: Path) -> Documents:
+    return {f"{n} layers": _memory_document(folder, f"bert-{n}layers-batch16-len128-fp32-cpu") for n in (4, 12)}
+
+
+def _memory_document(folder: Path, case: str) -> dict[str, Any]:
+    return dict(json.loads((folder / f"memory-{case}.json").read_text()))
+
+
+def _peaks(document: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of the worst step of each rival."""
-    results = json.loads((folder / f"memory-{case}.json").read_text())["results"]
-    return {name: result["worst"]["peak_bytes"] for name, result in results.items()}
+    return {name: result["worst"]["peak_bytes"] for name, result in document["results"].items() if "worst" in result}
 
 
-def _peak_table(found: Mapping[str, Mapping[str, int]]) -> str:
-    """A line per rival that every case has; columns by case."""
+def _peak_table(documents: Documents) -> str:
+    """A line per rival that every case has, columns by case; below it how many steps, and where."""
+    found = {case: _peaks(document) for case, document in documents.items()}
     first, *others = found.values()
-    body = []
-    for name in (name for name in first if all(name in peaks for peaks in others)):
-        shown = _PEAK_NAMES.get(name, name if name == "eager" else f"slimfit_fx, `{name}`")
-        body.append([shown, *(part for peaks in found.values() for part in _against(peaks, name))])
+    names = [name for name in first if all(name in peaks for peaks in others)]
+    body = [[_shown(name), *(part for peaks in found.values() for part in _against(peaks, name))] for name in names]
     heads = ["", *(part for case in found for part in (case, "smaller than eager", "than torch.compile"))]
-    return str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True))
+    table = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{_steps_note(documents, names)} {_places_note(documents)}"
+
+
+def _shown(name: str) -> str:
+    return _PEAK_NAMES.get(name, name if name == "eager" else f"slimfit_fx, `{name}`")
+
+
+def _steps_note(documents: Documents, names: Sequence[str]) -> str:
+    """Of how many steps each rival's peak is the worst; where they are fewer, whether they are all alike."""
+    peaks = {
+        name: [[s["peak_bytes"] for s in d["results"][name]["steps"]] for d in documents.values()] for name in names
+    }
+    counts = {name: min(map(len, of_cases)) for name, of_cases in peaks.items()}
+    most = max(counts.values())
+    told = []
+    for count in sorted({count for count in counts.values() if count < most}, reverse=True):
+        those = [name for name in names if counts[name] == count]
+        alike = all(len(set(steps)) == 1 for name in those for steps in peaks[name])
+        told.append(f"of {count}{', all alike' * alike}: {', '.join(map(_shown, those))}")
+    return f"Worst of {most} steps ({'; '.join(told)})." if told else f"Worst of {most} steps."
+
+
+def _places_note(documents: Documents) -> str:
+    places: dict[str, list[str]] = {}
+    for case, document in documents.items():
+        places.setdefault(device_of(document["machine"]), []).append(case)
+    if len(places) == 1:
+        return f"Measured on {next(iter(places))}."
+    each = [f"on {place}: {', '.join(cases)}" for place, cases in places.items()]
+    return f"Measured {'; '.join(each)}."
 
 
 def _against(peaks: Mapping[str, int], name: str) -> list[str]:
@@ -139,6 +177,7 @@ def page(folder: Path) -> str:
         sections.lossless_section(folder),
         sections.prediction_section(folder),
         sections.planning_section(folder),
+        sections.schedule_section(folder),
         sections.accuracy_section(folder),
     ]
     return "\n\n".join([_INTRODUCTION, *filter(None, told)]) + "\n"
@@ -223,8 +262,8 @@ def _trainer_section(folder: Path) -> str:
         return ""
     runs = {key.removeprefix("trainer, "): row for key, row in rows.items()}
     said = (
-        f"BERT-base, batch 32, length 128, bf16, {trainer.STEPS} steps; growth: of the peaks over the last "
-        f"{trainer.FLAT} steps."
+        f"BERT-base, batch 32, length 128, bf16, {trainer.STEPS} steps; growth: by how much the worst peak of the\n"
+        f"last {trainer.FLAT // 2} steps exceeds the worst of the {trainer.FLAT // 2} before them."
     )
     parts = ["## Under the Hugging Face Trainer", said, trainer.as_table(runs, "github"), *machines(rows.values())]
     return "\n\n".join(parts)
@@ -265,13 +304,17 @@ def _compile_section(folder: Path) -> str:
 
 
 def _peaks_section(folder: Path) -> str:
-    return (
-        "## Step peak of one BERT\n\nWidth 768, batch 16, length 128, fp32, SDPA, hidden dropout 0.1, freeze rate 0.9 "
-        "under ILS; MB above parameters\nand optimizer state, worst of 20 steps, **measured** on a CPU.\n\n"
-        + step_peak_block(folder)
-        + "\n\nThe same of a ViT-B/16 cut to 4 layers, batch 8, 224 pixels:\n\n"
-        + _peak_table({"MB": _peaks(folder, "vit-4layers-batch8-res224-fp32-cpu")})
-    )
+    bert, vit = _bert_documents(folder), {"MB": _memory_document(folder, "vit-4layers-batch8-res224-fp32-cpu")}
+    return "\n\n".join([
+        "## Step peak of one BERT",
+        "Width 768, batch 16, length 128, fp32, SDPA, hidden dropout 0.1, freeze rate 0.9 under ILS; MB above\n"
+        "parameters and optimizer state, the worst step, **measured** on a CPU.",
+        _peak_table(bert),
+        *machines(bert.values()),
+        "The same of a ViT-B/16 cut to 4 layers, batch 8, 224 pixels:",
+        _peak_table(vit),
+        *machines(vit.values()),
+    ])  # fmt: skip
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -226,15 +226,25 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def save(name: str, document: Mapping[str, Any], *, device: str, module: str) -> Path:
-    """Write ``document`` with the machine, the command and the time to ``bench/results/NAME.json``."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    frame = {
+def stamp(device: str, module: str) -> dict[str, Any]:
+    """Return where figures come from: the command, the time, the commit, the machine."""
+    return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "date": now(),
         "commit": commit(),
         "machine": machine(device),
     }
-    path.write_text(json.dumps({**frame, **document}, indent=1) + "\n")
+
+
+def save(name: str, document: Mapping[str, Any], *, device: str, module: str) -> Path:
+    """Write ``document`` with the machine, the command and the time to ``bench/results/NAME.json``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**stamp(device, module), **document}, indent=1) + "\n")
     return path
+
+
+def stored(name: str) -> dict[str, Any]:
+    """Return what lies in ``bench/results/NAME.json``; nothing if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import price
+from bench import plan_big, plan_time, price, schedule
 from bench.accuracy import claims
 from bench.accuracy import table as accuracy_table
 from bench.accuracy.__main__ import CACHE
@@ -17,7 +17,7 @@ from bench.accuracy.store import Store
 from bench.accuracy.tasks import TASKS, named_tasks
 from bench.budget import TOLERANCE, rises
 from bench.lossless import verdicts
-from bench.tasks import machines
+from bench.tasks import machines, short_commit
 
 
 def lossless_section(folder: Path) -> str:
@@ -82,23 +82,9 @@ def planning_section(folder: Path) -> str:
     """How long plans take, and what the price of running again changes."""
     parts: list[str] = []
     for path in sorted(folder.glob("plan-time-*.json")):
-        document = json.loads(path.read_text())
-        captured, planned = zip(*document["rounds"], strict=True)
-        parts.append(
-            f"{document['model']}, batch {document['batch']}, length {document['length']}: captured as torch.compile "
-            f"does in {min(captured):.1f} s, planned in {min(planned):.1f} s, the fastest of {len(planned)} rounds: "
-            f"{document['beyond_capture_s']:.1f} s beyond capture (at most {document['limit_s']:g})."
-        )
-        parts += machines([document])
+        parts += _plan_time(json.loads(path.read_text()))
     for path in sorted(folder.glob("plan-big*.json")):
-        document = json.loads(path.read_text())
-        rows = [
-            [row["name"], row["budget"] or "-", row["seconds"], row["host_bytes"] / 2**30, row["peak_bytes"] / 2**30]
-            for row in document["results"]
-            if "error" not in row
-        ]
-        heads = ["planned with its peak", "budget", "seconds (at most 60)", "host GiB (at most 2)", "step peak GiB"]
-        parts += [_table(rows, heads, ("", "", ".1f", ".2f", ".1f")), *machines([document])]
+        parts += _plan_big(json.loads(path.read_text()))
     for path in sorted(folder.glob("price-*.json")):
         document = json.loads(path.read_text())
         said = (
@@ -111,6 +97,49 @@ def planning_section(folder: Path) -> str:
             said = "The same:"
         parts += machines([document])
     return "\n\n".join(["## Planning", *parts]) if parts else ""
+
+
+def _plan_time(document: dict[str, Any]) -> list[str]:
+    captured, planned = zip(*document["rounds"], strict=True)
+    parts = [
+        f"{document['model']}, batch {document['batch']}, length {document['length']}, processor time: captured as "
+        f"torch.compile does in {min(captured):.1f} s, planned in {min(planned):.1f} s, the fastest of "
+        f"{len(planned)} rounds: {document['beyond_capture_s']:.1f} s beyond capture (at most "
+        f"{document['limit_s']:g}). Median of the differences within each round: "
+        f"{plan_time.median_beyond(document['rounds']):.1f} s.",
+        *machines([document]),
+    ]
+    more = document.get("more", [])
+    if more:
+        rows, formats = list(plan_time.lines(more)), plan_time.FORMATS
+        parts += [_table(rows, list(plan_time.HEADS), formats), *machines(more)]
+    return parts
+
+
+def _plan_big(document: dict[str, Any]) -> list[str]:
+    known = [row for row in plan_big.rows_in(document) if "error" not in row]
+    rows = [
+        [row["name"], row["budget"] or "-", row["seconds"], row["host_bytes"] / 2**30, row["peak_bytes"] / 2**30,
+         short_commit(row)]
+        for row in known
+    ]  # fmt: skip
+    heads = ["planned with its peak", "budget", "seconds (at most 60)", "host GiB (at most 2)", "step peak GiB"]
+    return [_table(rows, [*heads, "commit"], ("", "", ".1f", ".2f", ".1f", "")), *machines(known, commits=False)]
+
+
+def schedule_section(folder: Path) -> str:
+    """What the scheduler itself takes of a step."""
+    parts = []
+    for path in sorted(folder.glob("schedule-*.json")):
+        document = json.loads(path.read_text())
+        rows = list(schedule.lines(schedule.rows_in(document)))
+        parts += [path.stem.removeprefix("schedule-") + ":", _table(rows, list(schedule.HEADS), schedule.FORMATS)]
+        parts += machines([document])
+    said = (
+        "Distances, decision and gates of `balanced` under ILS, medians: driven alone, and within training steps as a\n"
+        "share of the same step. **Measured** on a CPU."
+    )
+    return "\n\n".join(["## What the scheduler takes", said, *parts]) if parts else ""
 
 
 def accuracy_section(folder: Path) -> str:
@@ -139,4 +168,7 @@ def _block(bounds: Any) -> str:
 
 
 def _table(rows: list[list[Any]], heads: list[str], formats: tuple[str, ...]) -> str:
-    return str(tabulate(rows, headers=heads, tablefmt="github", floatfmt=formats, missingval="-"))
+    commits = [index for index, head in enumerate(heads) if head == "commit"]  # of digits alone it is no number
+    return str(
+        tabulate(rows, headers=heads, tablefmt="github", floatfmt=formats, missingval="-", disable_numparse=commits)
+    )

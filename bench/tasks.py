@@ -147,13 +147,28 @@ def has_device(device: str) -> bool:
     return torch.device(device).type != "cuda" or torch.cuda.is_available()
 
 
-def machines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def machines(rows: Iterable[Mapping[str, Any]], *, commits: bool = True) -> list[str]:
     """Return one line for each machine that the rows come from: processor or accelerator, versions, commits."""
     lines: dict[str, set[str]] = {}
     for row in rows:
         machine = row["machine"]
-        where = machine.get("gpu", {}).get("name") or f"{machine['cpu']}, {machine['torch_threads']} threads"
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-        line = f"{where}; Python {machine['python']}, {versions}"
-        lines.setdefault(line, set()).add((row.get("commit") or "no commit")[:10])
-    return [f"{line}; commit {', '.join(sorted(commits))}" for line, commits in sorted(lines.items())]
+        line = f"{device_of(machine)}; Python {machine['python']}, {versions}"
+        lines.setdefault(line, set()).add(short_commit(row))
+    if not commits:
+        return sorted(lines)
+    return [f"{line}; commit {', '.join(sorted(found))}" for line, found in sorted(lines.items())]
+
+
+def device_of(machine: Mapping[str, Any]) -> str:
+    """Return the accelerator's name, or the processor's and how many threads torch had of it."""
+    if "gpu" in machine:
+        return str(machine["gpu"]["name"])
+    threads = machine["torch_threads"]
+    return f"{machine['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def short_commit(row: Mapping[str, Any]) -> str:
+    """Return the commit that a row was measured at, as tables show it; "+" behind it: files differed from it."""
+    commit = row.get("commit") or "no commit"
+    return commit[:10] + ("+" if commit.endswith("+") else "")

@@ -8,7 +8,8 @@
 - ``recompiles``: graphs that dynamo captures after the first step, over 200 steps of a tiny model and over ``--rounds``
   steps of the case itself; counted by dynamo, not by us.
 
-Results go to ``bench/results/time-*.json``.
+Results go to ``bench/results/time-*.json``. What a run does not measure of a case stays in its file; ``stamps`` says of
+each part with what command, commit, machine and settings it was measured.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _STEP_BOUNDS = (
 _COLD_LIMIT = 1.25  # 12 layers
 _TINY_STEPS = 200
 _STEADY_STEPS = 3
+_SETTINGS = ("freeze_rate", "scheduler", "executor")
+_STAMP = ("command", "date", "commit", "machine")
 
 
 # --- step time ----------------------------------------------------------------------------------------------------
@@ -288,6 +291,19 @@ def _verdict(figure: str, bound: Bound, value: float) -> dict[str, Any]:
     }
 
 
+def merged(stored: Mapping[str, Any], found: Mapping[str, Any], case: Case, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of ``found``, those of the same case in ``stored`` that it lacks, and the stamp of each.
+
+    A part is taken whole: its times compare within one run only.
+    """
+    own = case.to_dict()
+    same = {**own, **stored.get("case", {})} == own
+    kept = {part: stored[part] for part in _WHAT if same and part in stored and part not in found}
+    of_all = {key: stored[key] for key in (*_STAMP, *_SETTINGS) if key in stored}
+    stamps = {part: stored.get("stamps", {}).get(part, of_all) for part in kept}
+    return {**kept, **found, "stamps": {**stamps, **{part: dict(stamp) for part in found}}}
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m bench.time", description=__doc__.splitlines()[0])
@@ -335,9 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verdicts:
         print("\n" + tabulate(verdicts, headers="keys", floatfmt=".3f", missingval="-"))
     if not options.no_save:
-        document = {"case": case.to_dict(), "freeze_rate": settings.freeze_rate, "scheduler": settings.scheduler,
-                    "executor": settings.executor, **found, "bounds": verdicts}  # fmt: skip
         name = "-".join(filter(None, ["time", case.name, options.tag]))
+        chosen = {key: getattr(settings, key) for key in _SETTINGS}
+        stamp = {**report.stamp(case.device, "bench.time"), **chosen}
+        parts = merged(report.stored(name), found, case, stamp)
+        document = {"case": case.to_dict(), **chosen, **parts, "bounds": verdicts_of(parts, case)}
         print(f"\nwritten: {report.save(name, document, device=case.device, module='bench.time').name}")
     return int(options.check and any(line["verdict"] != "PASS" for line in verdicts))
 

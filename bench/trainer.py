@@ -2,7 +2,8 @@
 
 Every rival trains the same number of steps under bf16, each in a process of its own: samples per second behind the
 warm-up, the peak of every step by the caching allocator's counters (allocator events are too slow for whole runs, so
-this takes a GPU), how much that peak grew over the last steps, recompiles. Results go to ``bench/results/trainer-*``.
+this takes a GPU), by how much the worst of them grew late in the run, recompiles. Results go to
+``bench/results/trainer-*``.
 """
 
 from __future__ import annotations
@@ -50,17 +51,21 @@ class Run:
     samples_per_s: float
     peaks: tuple[int, ...]
     """Bytes, one per step."""
-    growth_bytes: int
-    """By how much the largest peak of the second half of the last ``FLAT`` steps exceeds that of the first half."""
+    growth_bytes: int | None
+    """See ``growth``."""
     recompiles: int
     first_loss: float
     last_loss: float
 
 
-def growth(peaks: Sequence[int], window: int) -> int:
-    """Return how much more the later half of the last ``window`` peaks took at its worst than all that was before."""
-    half = len(peaks) - window // 2
-    return max(0, max(peaks[half:]) - max(peaks[:half]))
+def growth(peaks: Sequence[int]) -> int | None:
+    """Return by how much the worst of the second half of the last ``FLAT`` peaks exceeds the worst of the first half.
+
+    Of a shorter run those behind its warm-up count; None if they are fewer than two.
+    """
+    last = peaks[_WARM_UP:][-FLAT:]
+    half = len(last) // 2
+    return max(0, max(last[half:]) - max(last[:half])) if half else None
 
 
 def train(rival: str, case: Case, steps: int, freeze_rate: float) -> Run:
@@ -111,8 +116,7 @@ def train(rival: str, case: Case, steps: int, freeze_rate: float) -> Run:
         recompiles = len(compiles) - watch.first
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     rate = case.batch * (steps - _WARM_UP) / (watch.times[1] - watch.times[0])
-    grown = growth(watch.peaks, min(FLAT, steps // 2)) if watch.peaks else 0
-    return Run(rate, tuple(watch.peaks), grown, recompiles, losses[0], losses[-1])
+    return Run(rate, tuple(watch.peaks), growth(watch.peaks), recompiles, losses[0], losses[-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,9 +159,9 @@ def as_table(runs: Mapping[str, Mapping[str, Any]], tablefmt: str = "simple") ->
         if "error" in run:
             lines.append([name, None, None, None, None, None])
             continue
-        peaks = run["peaks"] or [0]
-        lines.append([name, run["samples_per_s"], max(peaks) / 1e6, statistics.median(peaks) / 1e6,
-                      run["growth_bytes"] / 1e6, run["recompiles"]])  # fmt: skip
+        peaks, grown = run["peaks"], run["growth_bytes"]
+        sizes = [max(peaks) / 1e6, statistics.median(peaks) / 1e6] if peaks else [None, None]
+        lines.append([name, run["samples_per_s"], *sizes, None if grown is None else grown / 1e6, run["recompiles"]])
     headers = ["Trainer with", "samples/s", "largest peak MB", "median peak MB", "growth MB", "recompiles"]
     return str(tabulate(lines, headers=headers, tablefmt=tablefmt, floatfmt=".1f", missingval="-"))
 

@@ -168,6 +168,24 @@ def test_the_best_rate_is_tried_with_the_first_seed_and_trained_with_the_others(
     assert chosen == [(0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 2e-3), (2, 2e-3)]
 
 
+def test_at_full_scale_three_seeds_choose(tmp_path):
+    """The first seed's best rate is not that of the mean of three."""
+
+    class Noisy(FakeTrainer):
+        def __call__(self, cell, task, method):
+            row = super().__call__(cell, task, method)
+            return dataclasses.replace(row, validation=2.0) if (cell.seed, cell.learning_rate) == (0, 4e-3) else row
+
+    trainer, task = Noisy(), dataclasses.replace(make_task(), scale="full")
+    store = Store(tmp_path / "rows.jsonl")
+    run([task], [FULL], [0, 1, 2, 3], store, trainer)
+    assert len(trainer.cells) == count_cells([task], [FULL], [0, 1, 2, 3]) == 10
+    assert (trainer.cells[-1].seed, trainer.cells[-1].learning_rate) == (3, 2e-3)
+    (standing,) = claims.standings(store.rows, task, [FULL])
+    assert standing.learning_rate == 2e-3 and sorted(standing.by_seed) == [0, 1, 2, 3]
+    assert claims.standings(store.rows[:4], task, [FULL]) == []  # of the second seed, one rate only
+
+
 def test_no_learning_rate_is_chosen_by_the_test_split(tmp_path):
     task, orders = make_task(), []
     for name, test in (("a", lambda cell: cell.learning_rate), ("b", lambda cell: -cell.learning_rate)):

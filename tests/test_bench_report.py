@@ -83,6 +83,36 @@ def test_step_peaks_are_those_of_the_files(folder):
     assert line.split("|")[3].strip() == "2.00x"
 
 
+def test_below_step_peaks_stands_how_they_were_measured(folder):
+    documents = {}
+    for layers in (4, 12):
+        path = folder / _PEAKS.format(layers)
+        documents[layers] = json.loads(path.read_text())
+        results = documents[layers]["results"]
+        for name in ("eager", "max"):
+            results[name]["steps"] = [{"peak_bytes": 7}] * (3 if name == "eager" else 20)
+        documents[layers]["results"] = {name: results[name] for name in ("eager", "compile", "max")}
+        results["compile"]["steps"] = [{"peak_bytes": size} for size in range(20)]
+        documents[layers]["machine"] = {**_MACHINE, "torch_threads": layers // 4}
+        del documents[layers]["machine"]["gpu"]
+
+    def note() -> str:
+        for layers, document in documents.items():
+            (folder / _PEAKS.format(layers)).write_text(json.dumps(document))
+        return render.step_peak_block(folder).splitlines()[-1]
+
+    worst = "Worst of 20 steps (of 3, all alike: eager)."
+    assert note() == f"{worst} Measured on A, 1 thread: 4 layers; on A, 3 threads: 12 layers."
+    documents[12]["machine"]["torch_threads"] = 1
+    assert note() == f"{worst} Measured on A, 1 thread."
+    documents[4]["results"]["compile"]["steps"] = [{"peak_bytes": 1}, {"peak_bytes": 2}]
+    assert note().startswith("Worst of 20 steps (of 3, all alike: eager; of 2: torch.compile).")
+    for document in documents.values():
+        for result in document["results"].values():
+            result["steps"] = [{"peak_bytes": 1}]
+    assert note().startswith("Worst of 1 steps. Measured")
+
+
 def test_readme_takes_predictions_until_everything_is_measured(folder):
     totals = {"eager-attention": 10**10, "eager": 5 * 10**9, "balanced": 2 * 10**9}
     assert "Not every setting" in render.twelve_block(folder)
@@ -258,7 +288,45 @@ def test_planning_is_told(folder):
     (folder / "price-cpu.json").write_text(json.dumps({"results": results, **kept}))
     section = sections.planning_section(folder)
     assert "planned in 2.0 s, the fastest of 2 rounds: 2.0 s beyond capture (at most 5)" in section
+    assert "differences within each round: 2.0 s" in section, "a file from before what has no bound was timed"
     assert "| 0.5 to 1 " in section and "| 2 " in section
+
+
+def test_what_has_no_bound_is_told_with_its_own_commit(folder):
+    times = {"model": "m", "batch": 2, "length": 3, "rounds": [[1.0, 2.0]], "beyond_capture_s": 1.0, "limit_s": 5.0}
+    row = {"name": "plan(peak=True)", "seconds": [30.0, 50.0], "step_peak_bytes": 7_000_000, "commit": "b" * 40}
+    document = {**times, "more": [{**row, "machine": _MACHINE}], "machine": _MACHINE, "commit": "a" * 40 + "+"}
+    (folder / "plan-time-cpu.json").write_text(json.dumps(document))
+    section = sections.planning_section(folder)
+    assert "| `plan(peak=True)` | 40.0 | 7.0 |" in " ".join(section.split())
+    assert f"commit {'a' * 10}+" in section and f"commit {'b' * 10}" in section
+
+
+def test_big_plans_are_told_with_the_commit_of_each(folder):
+    figures = {"budget": None, "seconds": 1.0, "host_bytes": 2**30, "peak_bytes": 2**30}
+    rows = [{"name": "bert-large", **figures, "commit": "1" * 40}, {"name": "llama-1b", **figures}]
+    document = {"results": rows, "machine": _MACHINE, "commit": "c" * 40}
+    (folder / "plan-big.json").write_text(json.dumps(document))
+    section = sections.planning_section(folder)
+    cells = {line.split("|")[1].strip(): line.split("|")[6].strip() for line in section.splitlines() if "|" in line}
+    assert (cells["bert-large"], cells["llama-1b"]) == ("1" * 10, "c" * 10)
+    assert section.endswith("G; Python 3, torch 9"), "no commit stands for all rows"
+
+
+def test_the_schedulers_share_of_a_step_is_told(folder):
+    assert sections.schedule_section(folder) == ""
+    path, alone = folder / "schedule-m.json", {"units": 101, "step_ms": 18.0}
+    kept = {"machine": _MACHINE, "commit": None}
+    path.write_text(json.dumps({"freeze_rate": 0.9, "schedule": alone, **kept}))
+    (line,) = (line for line in sections.schedule_section(folder).splitlines() if "18.0" in line)
+    assert [cell.strip() for cell in line.split("|")[4:8]] == ["-", "-", "-", "-"], "an old file has no steps"
+    found = [{"scheduling_ms": 1000 * share, "step_ms": 1000.0, "share": share} for share in (0.01, 0.0125)]
+    rates = [{"freeze_rate": r, "schedule": alone, "training": t} for r, t in zip((0.9, 0.5), found, strict=True)]
+    path.write_text(json.dumps({"rates": rates, **kept}))
+    section = sections.schedule_section(folder)
+    told = [[cell.strip() for cell in line.split("|")[5:8]] for line in section.splitlines() if "18.0" in line]
+    assert told == [["1000.0", "1.00", "PASS"], ["1000.0", "1.25", "SHORT by 25.0%"]]
+    assert section in render.page(folder)
 
 
 def test_accuracy_is_shown_for_the_tasks_that_have_cells(folder):

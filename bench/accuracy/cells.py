@@ -19,6 +19,10 @@ GRIDS: dict[str, tuple[float, ...]] = {
 """Learning rates that are tried, as multiples of the task's own: as many for each kind of method. A unit that trains
 in few steps, an adapter of few weights and a head alone want larger ones than full fine-tuning."""
 
+TUNING_SEEDS = {"full": 3, "quick": 1}
+"""By scale: with how many of the seeds every learning rate is tried; their mean validation score chooses. One seed's
+scores lie apart by more than the rates do: a few hundred examples tell half a point at best."""
+
 
 @dataclass(frozen=True)
 class Method:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.accuracy.cells import FULL, Method, Row, learning_rates, slimfit
-from bench.accuracy.run import best_learning_rate
+from bench.accuracy.cells import FULL, TUNING_SEEDS, Method, Row, learning_rates, slimfit
+from bench.accuracy.run import best_learning_rate, mean_validation
 from bench.accuracy.stats import Interval, interval_of, mean_over_tasks, paired_differences
 from bench.accuracy.tasks.base import POINTS, Task
 
@@ -58,12 +58,12 @@ def standings(rows: Sequence[Row], task: Task, methods: Sequence[Method]) -> lis
 
 
 def _standing(rows: Sequence[Row], task: Task, method: Method) -> Standing | None:
-    wanted = set(learning_rates(method, task.recipe.learning_rate))
-    first = min((row.cell.seed for row in rows), default=None)
-    tried = {row.cell.learning_rate: row.validation for row in rows if row.cell.seed == first}
-    if not wanted <= tried.keys():
+    rates = learning_rates(method, task.recipe.learning_rate)
+    seeds = sorted({row.cell.seed for row in rows})[: TUNING_SEEDS[task.scale]]
+    tried = [row for row in rows if row.cell.seed in seeds and row.cell.learning_rate in rates]
+    if not seeds or len(tried) < len(seeds) * len(rates):
         return None
-    best = best_learning_rate({rate: tried[rate] for rate in wanted}, higher_is_better=task.metric.higher_is_better)
+    best = best_learning_rate(mean_validation(tried), higher_is_better=task.metric.higher_is_better)
     chosen = [row for row in rows if row.cell.learning_rate == best]
     by_seed = {row.cell.seed: task.metric.points * row.test for row in chosen}
     return Standing(task.name, method.name, best, by_seed, sum(row.seconds for row in chosen) / len(chosen))

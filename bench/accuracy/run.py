@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from bench.accuracy.cells import Cell, Method, Row, cells_of, learning_rates
+from bench.accuracy.cells import TUNING_SEEDS, Cell, Method, Row, cells_of, learning_rates
 from bench.accuracy.store import Store
 from bench.accuracy.tasks.base import Task
 
@@ -24,7 +24,7 @@ def run(
 ) -> None:
     """Finish every cell that ``store`` does not hold yet; each is written as soon as it is done.
 
-    The learning rates are compared with the first seed; the other seeds train with the best one.
+    The learning rates are compared with the first ``TUNING_SEEDS``; the other seeds train with the best one.
     """
     for task in tasks:
         fingerprint = task.fingerprint()
@@ -39,14 +39,21 @@ def run(
 
         for method in methods:
             rates = learning_rates(method, task.recipe.learning_rate)
-            tried = [finish(cell, task, method) for cell in cells_of(task.name, task.scale, method, rates, seeds[0])]
-            best = best_learning_rate(
-                {row.cell.learning_rate: row.validation for row in tried},
-                higher_is_better=task.metric.higher_is_better,
-            )
-            for seed in seeds[1:]:
+            tuning = min(TUNING_SEEDS[task.scale], len(seeds))
+            grid = [cell for seed in seeds[:tuning] for cell in cells_of(task.name, task.scale, method, rates, seed)]
+            tried = [finish(cell, task, method) for cell in grid]
+            best = best_learning_rate(mean_validation(tried), higher_is_better=task.metric.higher_is_better)
+            for seed in seeds[tuning:]:
                 (cell,) = cells_of(task.name, task.scale, method, [best], seed)
                 finish(cell, task, method)
+
+
+def mean_validation(rows: Iterable[Row]) -> dict[float, float]:
+    """The validation score of each learning rate, the mean of its seeds; NaN if one of them diverged."""
+    by_rate: dict[float, list[float]] = {}
+    for row in rows:
+        by_rate.setdefault(row.cell.learning_rate, []).append(row.validation)
+    return {rate: sum(scores) / len(scores) for rate, scores in by_rate.items()}
 
 
 def best_learning_rate(validation: Mapping[float, float], *, higher_is_better: bool) -> float:
@@ -62,4 +69,5 @@ def best_learning_rate(validation: Mapping[float, float], *, higher_is_better: b
 
 def count_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int]) -> int:
     """How many cells ``run`` finishes."""
-    return len(tasks) * sum(len(method.grid) + len(seeds) - 1 for method in methods)
+    tuned = [min(TUNING_SEEDS[task.scale], len(seeds)) for task in tasks]
+    return sum(tuning * len(method.grid) + len(seeds) - tuning for tuning in tuned for method in methods)
