@@ -14,7 +14,8 @@ from bench.accuracy.tasks.base import POINTS, Task
 
 LEGEND = (
     "Mean +- half of the 95% interval (Student's t). against full: gain over full fine-tuning, paired by seed; "
-    "positive is better.\nRates are chosen on validation data (quick: with the first seed, full: with three); scores are of the test data."
+    "positive is better.\nRates are chosen on validation data "
+    "(quick: with the first seed, full: with three); scores are of the test data."
 )
 
 
