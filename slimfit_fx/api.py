@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,11 +31,29 @@ from slimfit_fx.ungated import UngatedUnits
 from slimfit_fx.units import FoundUnits, find_units
 
 log = logging.getLogger("slimfit_fx")
+F = TypeVar("F", bound=Callable[..., Any])
 _EVAL_BACKENDS = {"inductor": "inductor", "interpreter": "eager"}
 """What ``compile_eval`` compiles with: no compiler is asked for where the interpreter is used."""
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
+def _names_settings(function: F) -> F:
+    """Give ``function`` its true signature, which ``help`` shows: the fields of Config in place of ``**settings``."""
+    told = inspect.signature(function)
+    own = [p for p in told.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default_of(f), annotation=f.type)
+        for f in dataclasses.fields(Config)
+    ]
+    function.__signature__ = told.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    return function
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+@_names_settings
 def optimize(
     model: nn.Module, config: Config | None = None, /, *, optimizer: OptimizerChoice | None = None, **settings: Any
 ) -> nn.Module:
@@ -48,8 +67,7 @@ def optimize(
         config: all settings in one object; or give them as keywords.
         optimizer: what the model will be trained with, or what makes it of a list of parameters (a class will do), so
             that a ``memory_budget`` counts its memory in the first plan; else AdamW's, until a step of it is seen.
-        settings: fields of :class:`Config`: ``preset``, ``freeze_rate``, ``scheduler``, ``codecs``, ``units``,
-            ``executor``, ``seed``, ``dynamic``, ``compile_eval``, ...
+        settings: fields of :class:`Config`, where each is described.
 
     Raises:
         TypeError: not a module, no optimizer, or a setting of the wrong type.
@@ -110,20 +128,30 @@ def plan(
     """The memory plan of one training step on these inputs, without running it.
 
     The model is captured on fake tensors and partitioned; nothing is compiled, trained or allocated but the inputs
-    given. ``args`` and ``kwargs`` are what the model's forward takes; settings as in ``optimize`` (or all in
-    ``config``). With ``peak`` the plan also tells the physical peak of the step and its timeline: Inductor then writes
-    its code, which takes about half the time of a compile, but compiles no kernel. With ``compare`` the same is done
-    for plain ``torch.compile``, to be shown beside it. With ``memory_budget`` it is the plan that ``optimize`` takes.
-    ``optimizer`` as for ``optimize``.
+    given. ``args`` and ``kwargs`` are what the model's forward takes. ``preset`` to ``max_gradient_error`` are settings
+    as in ``optimize``; any other, such as ``recompute``, needs ``config``, which then holds these too. With ``peak``
+    the plan also tells the physical peak of the step and its timeline: Inductor then writes its code, which takes about
+    half the time of a compile, but compiles no kernel. With ``compare`` the same is done for plain ``torch.compile``,
+    to be shown beside it. With ``memory_budget`` it is the plan that ``optimize`` takes. ``optimizer`` as for
+    ``optimize``.
 
     Raises:
         MemoryBudgetError: nothing fits ``memory_budget``; a ``ValueError``.
+        TypeError: a setting of the wrong type, or one that needs ``config`` given as a keyword.
         ValueError: bad settings, nothing freezable, or a model that cannot be captured (the reason is in the message).
     """
     given = {"preset": preset, "freeze_rate": freeze_rate, "units": units, "codecs": codecs}
     given |= {"memory_budget": memory_budget, "max_gradient_error": max_gradient_error}
     settings = {name: value for name, value in given.items() if value != getattr(Config, name, None)}
-    chosen, (found, _), trained_with = checked_settings(model, config, settings, plan_only=True, optimizer=optimizer)
+    astray = _settings_among(kwargs, model)
+    chosen, (found, _), trained_with = checked_settings(
+        model,
+        config,
+        {**settings, **astray} if config is None else settings,
+        plan_only=True,
+        optimizer=optimizer,
+        also=lambda: _refuse_astray(model, config, settings, astray, tuple(given)),
+    )
     return Rehearsal(model, found, optimizer=trained_with).plan(
         chosen, args, kwargs, peak=peak or compare, compare=compare
     )
@@ -136,9 +164,14 @@ def checked_settings(
     *,
     plan_only: bool,
     optimizer: OptimizerChoice | None = None,
+    also: Callable[[], None] = lambda: None,
 ) -> tuple[Config, FoundUnits, Optimizer | None]:
-    """Settings, units and optimizer, or one error with everything that is wrong with them and the model."""
+    """Settings, units and optimizer, or one error with everything that is wrong with them and the model.
+
+    ``also``: a check of the caller's own.
+    """
     problems = Problems()
+    problems.run(also)
     chosen = problems.run(lambda: _config(config, settings))
     problems.run(lambda: check_model(model, optimized=tuple(_SESSIONS), plan_only=plan_only))
     disabled = () if chosen is None else chosen.disabled_passes
@@ -149,6 +182,38 @@ def checked_settings(
     problems.raise_all()
     assert chosen is not None and found is not None
     return chosen, found, given
+
+
+def _settings_among(kwargs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What in ``kwargs`` is called like a setting and is no argument that the model's forward names."""
+    named = _named_by(getattr(model, "forward", None))
+    return {f.name: kwargs[f.name] for f in dataclasses.fields(Config) if f.name in kwargs and f.name not in named}
+
+
+def _named_by(forward: Any) -> set[str]:
+    """The keyword arguments of ``forward``; those that ``**kwargs`` would take are not known."""
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return set()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name for name, parameter in parameters.items() if parameter.kind in named}
+
+
+def _refuse_astray(
+    model: nn.Module, config: Config | None, settings: dict[str, Any], astray: dict[str, Any], legal: Collection[str]
+) -> None:
+    """Raise if settings are ``astray``, that is keywords of ``plan`` although only those ``legal`` can be."""
+    if astray:
+        everything = f"all settings in config=Config({_written({**settings, **astray})})"
+        raise TypeError(
+            f"plan takes {', '.join(legal)} as keywords, got {_written(astray)}, which {type(model).__name__}.forward "
+            f"does not name either: give {everything if config is None else 'them in your config'}"
+        )
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _config(config: Config | None, settings: dict[str, Any]) -> Config:

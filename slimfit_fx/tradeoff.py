@@ -29,6 +29,8 @@ from slimfit_fx.rehearsal import Rehearsal, known_step
 PRESETS = ("exact", "balanced", "max")
 _STEPS = (("cheap", 1.0), ("products", 0.5), ("products", 1.0), ("blocks", 0.5), ("blocks", 1.0))
 """Levels of recompute, and of how many of the blocks."""
+VARIED = ("preset", "codecs", "memory_budget", "recompute", "recompute_share")
+"""Settings that each of our points has of its own."""
 SHARES = (0.8, 0.5, 0.2, 0.1, 0.05)
 """Settings of torch's ``activation_memory_budget`` that are drawn in."""
 
@@ -98,16 +100,18 @@ def front(
     Args:
         model: as for ``optimize``; may be on the meta device.
         example: what the model's forward takes: a mapping of keyword arguments, a sequence of arguments, or one tensor.
-        config: settings of ``optimize`` in one object.
+        config: settings of ``optimize`` in one object; what it says of those that vary (``VARIED``) is not read.
         presets: which presets are tried.
         shares: settings of ``activation_memory_budget`` that are tried.
         say: called with the name of each point before it is planned.
-        settings: settings of ``optimize`` as keywords.
+        settings: settings of ``optimize`` as keywords, but for those that vary.
 
     Raises:
         ValueError: bad settings, or a model that cannot be captured.
     """
-    chosen, (units, _), _ = checked_settings(model, config, settings, plan_only=True)
+    chosen, (units, _), _ = checked_settings(
+        model, config, settings, plan_only=True, also=lambda: _refuse_varied(settings)
+    )
     args, kwargs = arguments_of_forward(example)
     rehearsal = Rehearsal(model, units, faked=True)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -126,6 +130,15 @@ def front(
     if not points:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed))
     return Front(mark_front(points), chosen.freeze_rate, tuple(failed))
+
+
+def _refuse_varied(settings: Mapping[str, Any]) -> None:
+    given = [f"{name}={settings[name]!r}" for name in VARIED if name in settings]
+    if given:
+        raise ValueError(
+            f"front tries presets and levels of recompute itself, without a budget, got {', '.join(given)}: choose "
+            f"presets with presets=, e.g. presets={PRESETS!r}, and leave out {', '.join(VARIED[1:])}"
+        )
 
 
 def mark_front(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:

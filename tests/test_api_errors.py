@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
@@ -208,6 +210,63 @@ def test_plan_checks_its_settings_too():
         slimfit_fx.plan(mlp(), torch.zeros(2, 4), preset="maxx")
     with refused("units pattern 'x' matches no trainable parameter"):
         slimfit_fx.plan(mlp(), torch.zeros(2, 4), units="x")
+
+
+class Named(nn.Linear):
+    """A forward that takes a ``seed``, and swallows the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x, seed=None, **debug):
+        return super().forward(x).mean()
+
+
+LEGAL = "preset, freeze_rate, units, codecs, memory_budget, max_gradient_error"
+
+
+@pytest.mark.parametrize("model", [mlp(), Named()])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config) if f.name not in LEGAL.split(", ")])
+def test_plan_swallows_no_setting(monkeypatch, model, name):
+    """Whether the forward would refuse it or take it as one of its ``**kwargs``."""
+    asked = []
+    monkeypatch.setattr("slimfit_fx.api.Rehearsal.plan", lambda *args, **_: asked.append(args))
+    value = getattr(Config(), name)
+    if name == "seed" and isinstance(model, Named):
+        slimfit_fx.plan(model, torch.zeros(2, 4), seed=0)
+        assert asked[0][3] == {"seed": 0}, "the forward's own"
+        return
+    what, kind = re.escape(f"{name}={value!r}"), type(model).__name__
+    fix = rf"give all settings in config=Config\(preset='max', {what}\)"
+    with refused(f"plan takes {LEGAL} as keywords, got {what}, which {kind}.forward does not name .*{fix}", TypeError):
+        slimfit_fx.plan(model, torch.zeros(2, 4), preset="max", **{name: value})
+    assert not asked
+
+
+def test_all_settings_that_plan_does_not_take_are_said_at_once():
+    both = "scheduler='isl', recompute='blocks'"
+    said = rf"got {both}, which .*give all settings in config=Config\(units='x', {both}\)"
+    with refused(rf"(?s){said}.scheduler must be one of .*did you mean 'ils'.*units pattern 'x' matches no"):
+        slimfit_fx.plan(mlp(), torch.zeros(2, 4), units="x", recompute="blocks", scheduler="isl")
+    with refused("got seed=1, which Sequential.forward does not name either: give them in your config$", TypeError):
+        slimfit_fx.plan(mlp(), torch.zeros(2, 4), config=Config(), seed=1)
+    with refused(r"(?s)got seed=1, which NoneType.*model must be a torch.nn.Module, got NoneType", TypeError):
+        slimfit_fx.plan(None, seed=1)
+
+
+def test_what_max_batch_does_not_know():
+    with refused("no_such_setting", TypeError):
+        slimfit_fx.max_batch(mlp(), torch.zeros(2, 4), "1GiB", no_such_setting=1)
+    with refused(r"give settings in config or as keywords, not both: got config and \['seed'\]"):
+        slimfit_fx.max_batch(mlp(), torch.zeros(2, 4), "1GiB", config=Config(), seed=1)
+
+
+def test_front_takes_no_setting_that_it_varies():
+    said = "front tries presets and levels of recompute itself, without a budget, got preset='max', recompute='blocks':"
+    with refused(f"{said} choose presets with presets=, .*and leave out codecs, memory_budget, recompute"):
+        slimfit_fx.front(mlp(), torch.zeros(2, 4), recompute="blocks", preset="max")
+    with refused("(?s)got codecs={}: .*freeze_rate must be in"):
+        slimfit_fx.front(mlp(), torch.zeros(2, 4), codecs={}, freeze_rate=2)
 
 
 def test_all_problems_at_once(monkeypatch):

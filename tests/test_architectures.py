@@ -101,6 +101,28 @@ def test_trains_exactly_as_without_us(reference):
     check_plan(session)
 
 
+@pytest.mark.thorough
+@pytest.mark.inductor
+def test_gradients_under_inductor():
+    """One block of a BERT, which has some sixty kernels: bit for bit as torch.compile has them, whatever the gates."""
+    theirs, batch = hf_models.build("bert", num_hidden_layers=1), hf_models.batch("bert")
+    expected_loss, expected = step(compile_reference(theirs, executor="inductor"), theirs, batch)
+    model, session = optimized(
+        hf_models.build("bert", num_hidden_layers=1), executor="inductor", preset="exact", scheduler="none"
+    )
+    names = session.gates.names
+    for closed in ((), names[::2], names[1::3]):
+        session.unfreeze()
+        if closed:
+            session.freeze(closed)
+        loss, grads = step(model, model, batch)
+        assert session.gates.closed == set(closed) and session.executor == "inductor"
+        assert equal_bits(expected_loss, loss)
+        assert differences(expected, grads, closed=set(closed)) == []
+    assert (session.compiles, session.recompiles) == (1, 0)
+    check_plan(session)
+
+
 def test_trains_closely_when_compressed(reference):
     model, session = optimized(hf_models.build(reference.name), preset="balanced", scheduler=OpenFirst, freeze_rate=0.7)
     optimizer = optimizer_of(model)

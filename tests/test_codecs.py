@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any
 
@@ -449,21 +450,50 @@ def test_all_compiled_equal_eager(inner: int) -> None:
     compiled_equals_eager(ALL, [inner])
 
 
+def written_call(function: Callable[..., Any], *inputs: Tensor) -> str:
+    """What Inductor writes to call its kernels; none is compiled."""
+    from torch._inductor.utils import get_code
+
+    torch._dynamo.reset()
+    (code,) = get_code(torch.compile(function, fullgraph=True), *inputs)
+    return code[code.index("def call(") :]
+
+
+def buffer_bytes(call: str) -> int:
+    """Bytes of all buffers that the call makes."""
+    made = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)\)", call)
+    assert len(made) == call.count("= empty_strided")
+    sizes = [[int(size) for size in shape.split(",") if size.strip()] for shape, _ in made]
+    return sum(math.prod(size) * getattr(torch, dtype).itemsize for size, (_, dtype) in zip(sizes, made, strict=True))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["int8", "int4", "bits"])
+def test_encode_runs_inside_its_producer(name: str) -> None:
+    """One kernel, and no buffer but the results' and one for the extremes of each group."""
+    codec, x = get_codec(name), torch.randn(4, 768)
+
+    def produce(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        made = torch.nn.functional.gelu(x + bias)
+        return made, *codec.encode(made > 0 if name == "bits" else made)
+
+    call = written_call(produce, x, torch.randn(768))
+    assert call.count("cpp_fused") == 1
+    parts = codec.encode(x > 0 if name == "bits" else x)
+    extremes = sum(part.nbytes for part in parts[1:])
+    assert buffer_bytes(call) == x.nbytes + sum(part.nbytes for part in parts) + extremes
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize("name", ["int8", "int4", "bits"])
 def test_decode_runs_inside_its_reader(name: str) -> None:
     """One kernel, and no buffer but the result's."""
-    from torch._inductor.utils import run_and_get_code
-
-    codec = get_codec(name)
-    x = torch.randn(4, 768)
+    codec, x = get_codec(name), torch.randn(4, 768)
     parts = codec.encode(x > 0 if name == "bits" else x)
 
     def read(grad: Tensor, *parts: Tensor) -> Tensor:
         return grad * codec.decode(parts, torch.bool if name == "bits" else x.dtype, 768)
 
-    torch._dynamo.reset()
-    _, (code,) = run_and_get_code(torch.compile(read, fullgraph=True), x, *parts)
-    body = code[code.index("def call(") :]
-    assert body.count("cpp_fused") == 1
-    assert body.count("= empty_strided") == 1
+    call = written_call(read, x, *parts)
+    assert call.count("cpp_fused") == 1
+    assert buffer_bytes(call) == x.nbytes

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
+import pydoc
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
 
+import slimfit_fx
 from slimfit_fx.config import Config
 from slimfit_fx.presets import FALLBACK, PRESETS, resolve
 from slimfit_fx.schedule import OpenScheduler, RandomScheduler, UnitInfo
@@ -90,6 +93,19 @@ def test_labels_name_what_differs_from_the_preset():
 
 
 # ---- the object
+
+
+def test_the_signature_of_optimize_names_every_setting():
+    own, settings = inspect.signature(slimfit_fx.optimize).parameters, inspect.signature(Config).parameters
+    assert list(own) == ["model", "config", "optimizer", *settings]
+    chosen = Config()
+    for field in dataclasses.fields(Config):
+        parameter = own[field.name]
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.annotation == field.type
+        expected = field.default if field.default is not dataclasses.MISSING else getattr(chosen, field.name)
+        assert parameter.default == expected
+    assert Config(**{field.name: own[field.name].default for field in dataclasses.fields(Config)}) == chosen
+    assert "recompute_share: 'float' = 1.0" in pydoc.render_doc(slimfit_fx.optimize)
 
 
 def test_frozen_hashable_replaceable_and_pickleable():

@@ -79,17 +79,24 @@ def test_the_timeline_is_that_of_the_allocator(spec, head, preset, data):
     assert session.predict_peak().peak_bytes == max(itertools.accumulate(expected))
 
 
-MOST_GATES = 4
-
-
 @pytest.mark.thorough
 @pytest.mark.slow
 @settings(max_examples=3)
 @given(spec=specs(**SMALLER), preset=st.sampled_from(("exact", "max")))
 def test_no_choice_of_gates_exceeds_the_bound(spec, preset):
-    """All patterns of up to ``MOST_GATES`` gates, each run and measured."""
-    spec = dataclasses.replace(spec, head="loss", break_at=None, every_parameter=True)
-    units = [name for name, param in build(spec).named_parameters() if param.requires_grad][-MOST_GATES:]
+    check_every_choice(dataclasses.replace(spec, head="loss", break_at=None, every_parameter=True), preset, most=4)
+
+
+@pytest.mark.parametrize(
+    "spec", [Spec(("ffn",)), Spec(("linear",), tokens=False, every_parameter=True)], ids=["ffn", "shared"]
+)
+def test_no_choice_of_three_gates_exceeds_the_bound(spec):
+    check_every_choice(spec, "exact", most=3)
+
+
+def check_every_choice(spec: Spec, preset: str, *, most: int) -> None:
+    """All patterns of up to ``most`` gates, each run and measured."""
+    units = [name for name, param in build(spec).named_parameters() if param.requires_grad][-most:]
     torch._dynamo.reset()
     model, session = optimized(build(spec), scheduler="none", preset=preset, units=lambda name, _: name in units)
     batch = inputs(spec)

@@ -78,6 +78,20 @@ def test_no_pattern_exceeds_the_bound(trace, count):
     assert all(trace.peak(p).peak_bytes <= bound for p in itertools.combinations(range(4), count))
 
 
+@given(trace=traces(shared=True))
+@settings(max_examples=80)
+def test_the_bound_for_all_gates_is_reached_by_all(trace):
+    """Blocks of several gates are counted once then."""
+    assert trace.worst(4)[0] == trace.peak(range(4)).peak_bytes
+
+
+def test_gates_that_share_a_block_do_not_own_it_each():
+    three = Event(90, 0, frozenset([0, 1, 2]))
+    trace = StepTrace((three, Event(10, 1, frozenset([0])), Event(10, 2, frozenset([1]))), 0, {}, 3)
+    assert trace.worst(1)[0] == 100
+    assert trace.worst(2)[0] == trace.peak([0, 1]).peak_bytes == 110
+
+
 def test_what_happens_inside_a_branch_needs_the_branch():
     inside = [
         Event(100, 0, frozenset([0]), branch=frozenset([0])),

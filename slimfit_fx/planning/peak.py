@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,24 +105,29 @@ class StepTrace:
     def worst(self, count: int) -> tuple[int, frozenset[int]]:
         """(upper bound on the peak over all patterns of ``count`` open gates, the pattern that it was met with).
 
-        At every moment the ``count`` gates that own most are taken. Exact where blocks have one owner; a block that
-        several gates share counts for each of them, so that the bound may exceed what any one pattern reaches.
+        At every moment the ``count`` gates that own most are taken. Exact where blocks have one owner, and for no and
+        for all gates; where several gates share blocks the bound may exceed what any one pattern reaches.
         """
         bound, pattern = 0, frozenset[int]()
-        for always, owned, branch in self._moments():
+        for always, owned, shared, branch in self._moments():
             if branch and not count:  # nobody is there then
                 continue
             best = max(branch, key=lambda gate: (owned.get(gate, 0), -gate), default=None)
             others = ((size, gate) for gate, size in owned.items() if gate != best)
             chosen = heapq.nlargest(max(0, count - len(branch[:1])), others)
             total = always + sum(size for size, _ in chosen) + (0 if best is None else owned.get(best, 0))
+            if total > bound and shared:
+                total = min(total, always + _with_shares(owned, shared, count))
             if total > bound:
                 bound, pattern = total, frozenset([*(gate for _, gate in chosen), *(() if best is None else (best,))])
         return bound, pattern
 
-    def _moments(self) -> Iterator[tuple[int, dict[int, int], Sequence[int]]]:
-        """After every allocation: bytes that are always there, bytes by gate, and the gates of its branch."""
-        always, owned = 0, dict[int, int]()
+    def _moments(self) -> Iterator[tuple[int, dict[int, int], dict[frozenset[int], int], Sequence[int]]]:
+        """After every allocation: bytes that are always there, by gate, those of several by owners, its branch's gates.
+
+        By gate a block of several counts for each of them.
+        """
+        always, owned, shared = 0, dict[int, int](), dict[frozenset[int], int]()
         for event in self.events:
             if event.unless:  # such blocks belong to everybody until the end: only ever too much
                 continue
@@ -129,8 +135,12 @@ class StepTrace:
                 owned[gate] = owned.get(gate, 0) + event.delta_bytes
             if not event.owners:
                 always += event.delta_bytes
+            elif len(event.owners) > 1:
+                shared[event.owners] = shared.get(event.owners, 0) + event.delta_bytes
+                if not shared[event.owners]:
+                    del shared[event.owners]
             if event.delta_bytes > 0:
-                yield always, owned, sorted(event.branch)
+                yield always, owned, shared, sorted(event.branch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
@@ -185,6 +195,22 @@ def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakFor
         worst_units=tuple(sorted(names[g] for g in pattern)),
         alive=tuple(rows),
     )
+
+
+def _with_shares(owned: Mapping[int, int], shared: Mapping[frozenset[int], int], count: int) -> int:
+    """Upper bound on what ``count`` gates own together, where blocks are shared; the lesser of two.
+
+    Everything that is owned, once. And: each gate answers for its part of a shared block only, the rest of the block is
+    there anyway; whichever owners are open, the block is then counted in full at least.
+    """
+    once = sum(owned.values()) - sum((len(owners) - 1) * size for owners, size in shared.items())
+    part: dict[int, float] = dict(owned)
+    rest = 0.0
+    for owners, size in shared.items():
+        rest += size * (1 - 1 / len(owners))
+        for gate in owners:
+            part[gate] -= size * (1 - 1 / len(owners))
+    return min(once, math.ceil(rest + sum(heapq.nlargest(count, part.values()))))
 
 
 def happens(event: Event, chosen: frozenset[int]) -> bool:
