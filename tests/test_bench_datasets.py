@@ -164,9 +164,9 @@ def test_the_command_trains_a_hub_task_and_writes_its_cells(tmp_path, bert, monk
     command = ["--hub", "mrpc", "--data", str(tmp_path), "--weights", str(bert), "--methods", "full", "head"]
     assert main([*command, "--seeds", "2", "--out", str(out)]) == 0
     rows = Store(out).rows
-    assert [row.cell.method for row in rows] == ["full"] * 4 + ["head"] * 4
+    assert [row.cell.method for row in rows] == ["full"] * 6 + ["head"] * 6  # every rate with both seeds
     assert sorted({row.cell.learning_rate for row in rows if row.cell.method == "full"}) == [
-        6.25e-5, 1.25e-4, 2.5e-4,
+        1.25e-4, 2.5e-4, 5e-4,
     ]  # fmt: skip
     shown = capsys.readouterr().out
     assert "mrpc (full)" in shown and "F1, points" in shown
