@@ -1,6 +1,6 @@
 """Run by test_distributed.py under ``accelerate launch``: ``accelerate_worker.py FOLDER``.
 
-Hugging Face's Trainer with SlimFitCallback, and a loop of Accelerate's, on several processes; rank r writes
+Hugging Face's Trainer with SlimFitCallback, a loop of Accelerate's, and FSDP2, on several processes; rank r writes
 FOLDER/rank<r>.pt.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import accelerate
 import torch
 import torch.distributed as dist
-from distributed_worker import Watch, history, weights
+from distributed_worker import Watch, curve, history, shard, weights
 from reference import optimized
 from small_models import Tiny
 from test_hf_trainer import SETTINGS, Still, bert, trainer
@@ -42,7 +42,9 @@ def seen(model: torch.nn.Module, watch: Watch) -> dict[str, Any]:
 def trainer_run(folder: pathlib.Path, *, resume: bool) -> dict[str, Any]:
     model, still = bert(), Still()
     callbacks = [SlimFitCallback(**SETTINGS), still]
-    run = trainer(model, folder, callbacks=callbacks, save_strategy="steps", save_steps=3, max_steps=6)
+    logging = "no" if resume else "steps"  # it has the memory of a step worked out
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "logging_strategy": logging}
+    run = trainer(model, folder, callbacks=callbacks, **settings)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
     return seen(model, still.watch)
 
@@ -59,10 +61,16 @@ def loop() -> dict[str, Any]:
 
 
 def main(folder: pathlib.Path) -> None:
+    scenarios = {
+        "trainer": lambda: trainer_run(folder, resume=False),
+        "resumed": lambda: trainer_run(folder, resume=True),
+        "loop": loop,
+        "fsdp_curve": lambda: curve(shard, 12),
+    }
     found = {}
-    for name in ("trainer", "resumed", "loop"):
-        found[name] = loop() if name == "loop" else trainer_run(folder, resume=name == "resumed")
+    for name, run in scenarios.items():
         torch._dynamo.reset()
+        found[name] = run()
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
 
 

@@ -1,11 +1,13 @@
-"""Run by test_distributed.py under torchrun: ``distributed_worker.py FOLDER SCENARIO...``; gloo, any number of ranks.
+"""Run by test_distributed.py: ``distributed_worker.py FOLDER RANKS:SCENARIO,...``; gloo, job after job.
 
-Each scenario returns plain values; rank r writes ``{scenario: result}`` to FOLDER/rank<r>.pt.
+Ranks are forked from one process that has imported and compiled before: else that is most of the time of a small job.
+Each scenario returns plain values; rank r of n writes ``{scenario: result}`` to FOLDER/<n>/rank<r>.pt.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import pathlib
 import sys
 import warnings
@@ -13,39 +15,50 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import digits
 import torch
 import torch.distributed as dist
+import tqdm
 from reference import optimized
-from small_models import Block, Tiny, optimizer_state, same_state, tokens
+from small_models import Tiny, optimizer_state, same_state, tokens
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, gelu
 from torch.nn.parallel import DistributedDataParallel
 from tower import Tower, rows
 
 import slimfit_fx
 from slimfit_fx.integrations import ScheduleState
 
-STEPS, BATCH, WIDTH = 50, 8, 64
+TRAFFIC_STEPS, BATCH = 6, 8
 SAMPLE = 100
 """Elements of a tensor that distances are measured on: most units have more."""
 EXACT = {"preset": "exact", "scheduler": "random", "freeze_rate": 0.6}
 
 
-class Wide(nn.Module):
-    """Matrices make up nearly all of it, as in a real model."""
+class Residual(nn.Module):
+    """Half of a transformer block."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """An embedding, blocks of two matrices, a head: compiled in half the time that attention takes."""
+
+    def __init__(self, width: int = 16, depth: int = 1) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(31, WIDTH)
-        self.blocks = nn.ModuleList(Block(WIDTH, 4, 0.0) for _ in range(3))
-        self.head = nn.Linear(WIDTH, 5)
+        self.embed = nn.Embedding(31, width)
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
         self.train()
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
@@ -68,20 +81,34 @@ def one_step(net: Any, optimizer: torch.optim.Optimizer, number: int, batch: int
     loss = net(*share(number, batch))
     loss.backward()
     optimizer.step()
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
+    return mean(loss)
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
+def mean(loss: Tensor) -> Tensor:
+    """Of all ranks."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All of each parameter, also of shards (then all ranks have to ask)."""
+    return {n: whole(p.detach()) for n, p in model.named_parameters()}
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy of ``tensor``, put together if it is a shard."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def history(session: Any) -> list[list[str]]:
     return [sorted(opened) for _, opened in session.gates.history]
 
 
-# ---- DDP
+def ungated(session: Any) -> set[str]:
+    """Units without a gate, by the plans of the graphs: ``session.plan`` would follow the memory of a step as well."""
+    plans = [(graph.unit_names, graph.plan) for graph in session.backend.graphs if graph.plan is not None]
+    return set(session.gates.names) - {names[gate] for names, plan in plans for gate in plan.gated}
 
 
 class Watch:
@@ -116,52 +143,118 @@ class Watch:
             self.moved += [name] if not torch.equal(weight, now) or not same_state(state, state_now) else []
 
 
-def ddp_curve() -> dict[str, Any]:
-    """Fifty steps; nothing that is closed moves in any of them."""
-    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
-    net = DistributedDataParallel(model)
-    optimizer = adamw(model)
-    watch = Watch(model, session, optimizer)
-    losses = [one_step(net, optimizer, number).item() for number in range(STEPS)]
+def watched(watch: Watch) -> dict[str, Any]:
+    """What was seen of closed units, what was open, and what became of the weights."""
     return {
-        "losses": losses,
         "looked": watch.looked,
         "moved": watch.moved,
         "gradients": watch.gradients,
-        "history": history(session),
-        "weights": weights(model),
-        "compiles": session.compiles,
-        "gated": all(unit.gated for unit in session.plan.units),
+        "history": history(watch.session),
+        "weights": weights(watch.model),
     }
+
+
+# ---- DDP and FSDP2
+
+
+def curve(wrap: Callable[[nn.Module], Any], steps: int = 50) -> dict[str, Any]:
+    """Nothing that is closed moves in any step."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
+    net, optimizer = wrap(model), adamw(model)
+    watch = Watch(model, session, optimizer)
+    losses = [one_step(net, optimizer, number).item() for number in range(steps)]
+    compiles = (session.compiles, session.recompiles)
+    return {"losses": losses, "compiles": compiles, "ungated": ungated(session), **watched(watch)}
 
 
 def inductor_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
     """A few steps as users get them: with the default executor."""
     model = slimfit_fx.optimize(Tower(), freeze_rate=0.5, min_bytes=256, strict=True)
-    session, net = slimfit_fx.session(model), wrap(model)
+    session, net = slimfit_fx.session(model), (fully_shard if wrap is shard else wrap)(model)
     optimizer = adamw(model)
     watch = Watch(model, session, optimizer)
     for number in range(6):
         optimizer.zero_grad()
         net(rows(16, number)[0].chunk(dist.get_world_size())[dist.get_rank()]).backward()
         optimizer.step()
-    return {
-        "session": (session.executor, session.steps, session.compiles, session.recompiles),
-        "looked": watch.looked,
-        "moved": watch.moved,
-        "gradients": watch.gradients,
-        "history": history(session),
-        "weights": weights(model) if wrap is DistributedDataParallel else full(model),
-        "gated": all(unit.gated for unit in session.plan.units),
-    }
+    said = (session.executor, session.steps, session.compiles, session.recompiles)
+    return {"session": said, "ungated": ungated(session), **watched(watch)}
 
 
-def ddp_inductor() -> dict[str, Any]:
-    return inductor_run(DistributedDataParallel)
+def diverge(wrap: Callable[[nn.Module], Any]) -> str:
+    """What is said when one rank pins units in the middle of a run, at a step at which decisions are compared."""
+    model, session = optimized(Stack(), **EXACT)
+    net, optimizer = wrap(model), adamw(model)
+    with mock.patch("slimfit_fx.runtime.steps.CHECK_EVERY", 2):
+        try:
+            for number in range(4):
+                if number == 2 and dist.get_rank() == 1:
+                    session.freeze("*")
+                one_step(net, optimizer, number)
+        except RuntimeError as error:
+            return str(error)
+    return ""
 
 
-def fsdp_inductor() -> dict[str, Any]:
-    return inductor_run(fully_shard)
+def beside_plain(wrap: Callable[[nn.Module], Any], backward: Callable[[Any, int], float]) -> dict[str, Any]:
+    """Four steps with clipping, watched; then the same without us, with the closed gradients dropped by hand.
+
+    ``error``: the distance between the weights of the two, over the distance that the latter went.
+    """
+    found: dict[str, Any] = {}
+    for kind in ("ours", "plain"):
+        model, norms, losses = Tiny(depth=1, dropout=0.0), [], []
+        if kind == "ours":
+            model, session = optimized(model, **EXACT)
+        start = weights(model)
+        net = wrap(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        watch = Watch(model, session, optimizer) if kind == "ours" else None
+        for number in range(4):
+            optimizer.zero_grad()
+            losses.append(backward(net, number))
+            if watch is None:
+                for name in set(session.gates.names) - set(session.gates.history[number][1]):
+                    model.get_parameter(name).grad = None
+            norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1)).item())
+            optimizer.step()
+        if watch is not None:
+            found |= watched(watch)
+        found |= {f"{kind}_norms": norms, f"{kind}_losses": losses}
+    plain = weights(model)
+    apart = sum((plain[name] - found["weights"][name]).square().sum() for name in plain)
+    went = sum((plain[name] - start[name]).square().sum() for name in plain)
+    return found | {"error": (apart / went).sqrt().item()}
+
+
+def once(net: Any, number: int) -> float:
+    loss = net(*share(number))
+    loss.backward()
+    return mean(loss).item()
+
+
+def under_autocast(net: Any, number: int) -> float:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(*share(number))
+    loss.backward()
+    return mean(loss).item()
+
+
+def after_no_sync(net: Any, number: int) -> float:
+    with net.no_sync():
+        once(net, 2 * number)
+    return once(net, 2 * number + 1)
+
+
+def after_no_gradient_sync(net: Any, number: int) -> float:
+    """FSDP2's accumulation."""
+    net.set_requires_gradient_sync(False)
+    once(net, 2 * number)
+    net.set_requires_gradient_sync(True)
+    return once(net, 2 * number + 1)
+
+
+# ---- DDP
 
 
 class SeveralBuckets(nn.Module):
@@ -190,30 +283,7 @@ def ddp_split() -> dict[str, Any]:
     torch._dynamo.reset()
     model, session = optimized(SeveralBuckets(), **EXACT, units="*.weight")
     DistributedDataParallel(model, bucket_cap_mb=1)(x).sum().backward()
-    return {"torch": len(graphs), "ours": session.compiles, "gated": all(unit.gated for unit in session.plan.units)}
-
-
-def ddp_diverge() -> dict[str, Any]:
-    return {"error": diverge(DistributedDataParallel)}
-
-
-def fsdp_diverge() -> dict[str, Any]:
-    return {"error": diverge(shard)}
-
-
-def diverge(wrap: Callable[[nn.Module], Any]) -> str:
-    """What is said when one rank pins units in the middle of a run, at a step at which decisions are compared."""
-    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
-    net, optimizer = wrap(model), adamw(model)
-    with mock.patch("slimfit_fx.runtime.steps.CHECK_EVERY", 2):
-        try:
-            for number in range(4):
-                if number == 2 and dist.get_rank() == 1:
-                    session.freeze("*")
-                one_step(net, optimizer, number)
-        except RuntimeError as error:
-            return str(error)
-    return ""
+    return {"torch": len(graphs), "ours": session.compiles, "ungated": ungated(session)}
 
 
 def ddp_ils() -> dict[str, Any]:
@@ -234,37 +304,37 @@ def ddp_ils() -> dict[str, Any]:
 
 
 def ddp_traffic() -> dict[str, Any]:
-    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
+    """Bytes handed to all-reduce, counted there and by us, against those of all gradients."""
+    model, session = optimized(Stack(64, 2), preset="exact", freeze_rate=0.9)
     net, optimizer = DistributedDataParallel(model, gradient_as_bucket_view=True), adamw(model)
-    norms = []
-    for number in range(10):
-        optimizer.zero_grad()
-        net(*share(number)).backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-    return {"sent": session.traffic.bytes_sent, "full": session.traffic.bytes_full, "norms": norms}
+    sent, reduce, norms = 0, dist.all_reduce, []
 
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.nbytes
+        return reduce(tensor, *args, **kwargs)
 
-def ddp_gradients() -> dict[str, Any]:
-    """Accumulation under no_sync, against the same steps with the closed gradients dropped by hand."""
-    found = {}
-    for ours in (True, False):
-        model = Tiny(depth=1, dropout=0.0)
-        if ours:
-            model, session = optimized(model, **EXACT)
-        net = DistributedDataParallel(model, find_unused_parameters=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-        for number in range(4):
+    with mock.patch("slimfit_fx.runtime.gated_reduce.dist.all_reduce", counted):
+        for number in range(TRAFFIC_STEPS):
             optimizer.zero_grad()
-            with net.no_sync():
-                net(*share(2 * number)).backward()
-            net(*share(2 * number + 1)).backward()
-            if not ours:
-                for name in set(session.gates.names) - set(session.gates.history[number][1]):
-                    model.get_parameter(name).grad = None
+            net(*share(number)).backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             optimizer.step()
-        found[ours] = weights(model)
-    return {"worst": max((found[True][n] - found[False][n]).abs().max().item() for n in found[True])}
+    said = (session.traffic.bytes_sent, session.traffic.bytes_full)
+    return {
+        "sent": sent,
+        "full": TRAFFIC_STEPS * sum(p.nbytes for p in model.parameters()),
+        "said": said,
+        "norms": norms,
+    }
+
+
+def ddp_accumulate() -> dict[str, Any]:
+    return beside_plain(lambda model: DistributedDataParallel(model, find_unused_parameters=True), after_no_sync)
+
+
+def ddp_bf16() -> dict[str, Any]:
+    return beside_plain(DistributedDataParallel, under_autocast)
 
 
 def ddp_then_optimize() -> dict[str, Any]:
@@ -341,33 +411,19 @@ def ddp_join() -> dict[str, Any]:
 # ---- FSDP2
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, **settings: Any) -> nn.Module:
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, **settings)
+    return fully_shard(model, **settings)
 
 
-def full(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().full_tensor().clone() for n, p in model.named_parameters()}
+def fsdp_accumulate() -> dict[str, Any]:
+    return beside_plain(shard, after_no_gradient_sync)
 
 
-def fsdp_curve() -> dict[str, Any]:
-    model, session = optimized(Tiny(depth=1, dropout=0.0), **EXACT)
-    shard(model)
-    optimizer = adamw(model)
-    watch = Watch(model, session, optimizer)
-    losses = [one_step(model, optimizer, number).item() for number in range(STEPS)]
-    return {
-        "losses": losses,
-        "looked": watch.looked,
-        "moved": watch.moved,
-        "gradients": watch.gradients,
-        "history": history(session),
-        "weights": full(model),
-        "steps": session.steps,
-        "gated": {unit.name for unit in session.plan.units if unit.gated},
-        "compiles": (session.compiles, session.recompiles),
-    }
+def fsdp_bf16() -> dict[str, Any]:
+    """Parameters are gathered, and gradients reduced, in bf16."""
+    return beside_plain(functools.partial(shard, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), once)
 
 
 def fsdp_distances() -> dict[str, Any]:
@@ -380,8 +436,8 @@ def fsdp_distances() -> dict[str, Any]:
 
 
 def distances_under(wrap: Callable[[nn.Module], Any], most: int | None) -> dict[str, Any]:
-    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6, distance_sample=most)
-    net, optimizer = wrap(model), adamw(model)
+    model, session = optimized(Stack(), preset="exact", freeze_rate=0.6, distance_sample=most)
+    net, optimizer = wrap(model), torch.optim.SGD(model.parameters(), lr=0.1)
     for number in range(4):
         one_step(net, optimizer, number)
     session.before_forward()
@@ -401,18 +457,17 @@ def fsdp_traffic() -> dict[str, Any]:
 
     def counted(params: Any, gradients: Any, *args: Any) -> Any:
         nonlocal sent
-        sent += sum(g.numel() * g.element_size() for g in gradients)
+        sent += sum(g.nbytes for g in gradients)
         return reduce(params, gradients, *args)
 
-    group.foreach_reduce = counted
-    model, session = optimized(Wide(), preset="exact", freeze_rate=0.9)
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    model, session = optimized(Stack(64, 2), preset="exact", freeze_rate=0.9)
+    every = sum(p.nbytes for p in model.parameters())
     shard(model)
     optimizer = adamw(model)
-    for number in range(10):
-        one_step(model, optimizer, number)
-    group.foreach_reduce = reduce
-    return {"sent": sent, "full": 10 * every, "steps": session.steps}
+    with mock.patch.object(group, "foreach_reduce", counted):
+        for number in range(TRAFFIC_STEPS):
+            one_step(model, optimizer, number)
+    return {"sent": sent, "full": TRAFFIC_STEPS * every, "steps": session.steps}
 
 
 def shard_then_optimize() -> dict[str, Any]:
@@ -426,37 +481,50 @@ def shard_then_optimize() -> dict[str, Any]:
 # ---- to an accuracy
 
 
-def digits_run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
-    """With and without us: accuracy, and the step peak on this rank."""
+def digits_run(wrap: Callable[[nn.Module], Any], *, ours: bool) -> tuple[float, int]:
+    """Accuracy, and the step peak on this rank. All orders of the images start anew, with what was compiled once."""
+    import digits
 
-    def run(ours: bool, order: int) -> tuple[float, int]:
-        torch._dynamo.reset()
-        model: nn.Module = digits.pretrained()
+    torch._dynamo.reset()
+    model: nn.Module = digits.pretrained()
+    if ours:
+        slimfit_fx.optimize(model, **digits.OURS)
+        session = slimfit_fx.session(model)
+        schedule = session.state_dict()
+    net = wrap(model)
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+
+    def run(order: int) -> tuple[float, int]:
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(start[name])
         if ours:
-            slimfit_fx.optimize(model, **digits.OURS)
-        net = wrap(model)
+            session.load_state_dict(schedule)
         optimizer = torch.optim.AdamW(model.parameters(), lr=digits.RATE)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=digits.STEPS)
+        rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=digits.STEPS)
+        model.train()
         for pixels, labels in digits.batches(digits.EPOCHS, seed=order):
             optimizer.zero_grad()
             rank, world = dist.get_rank(), dist.get_world_size()
             net(pixels.chunk(world)[rank], labels.chunk(world)[rank])["loss"].backward()
             optimizer.step()
-            schedule.step()
+            rates.step()
         return digits.accuracy(model), digits.peak(model, net, digits.SIZE // dist.get_world_size())
 
-    ways = {"ours": True, "plain": False}
-    return {name: digits.mean_accuracy(functools.partial(run, ours)) for name, ours in ways.items()}
+    return digits.mean_accuracy(run)
 
 
 # ---- checkpoints
 
 
-def checkpoint(folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume: bool) -> dict[str, Any]:
+def checkpoint(
+    folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume: bool, **settings: Any
+) -> dict[str, Any]:
+    """Six steps that end in a checkpoint, or one that is loaded; then six more."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", freeze_rate=0.6)
+    model, session = optimized(Stack(), **settings)
     net = wrap(model)
     optimizer = adamw(model)
     if not resume:
@@ -468,13 +536,20 @@ def checkpoint(folder: pathlib.Path, wrap: Callable[[nn.Module], Any], *, resume
         mine, optimizers = get_state_dict(net, optimizer)
         dcp.load({"model": mine, "optimizer": optimizers, "slimfit_fx": ScheduleState(model)}, checkpoint_id=folder)
         set_state_dict(net, optimizer, model_state_dict=mine, optim_state_dict=optimizers)
+    stored = {name: whole_state(optimizer, param) for name, param in model.named_parameters()}
     losses = [one_step(net, optimizer, number).item() for number in range(6, 12)]
     return {
         "losses": losses,
         "history": history(session)[-6:],
         "steps": session.steps,
+        "stored": stored,
         "state": {name: local_state(optimizer, param) for name, param in model.named_parameters()},
     }
+
+
+def whole_state(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
+    """All of what the optimizer remembers of ``param``."""
+    return {key: whole(value) for key, value in optimizer_state(optimizer, param).items()}
 
 
 def local_state(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Any]:
@@ -486,21 +561,65 @@ def local_state(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[s
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {"ddp": DistributedDataParallel, "fsdp": shard}
 
 
-def main(folder: pathlib.Path, names: list[str]) -> None:
-    dist.init_process_group("gloo")
+EITHER: dict[str, Callable[..., Any]] = {
+    "curve": curve,
+    "inductor": inductor_run,
+    "diverge": diverge,
+    "digits": lambda wrap: {"ours": digits_run(wrap, ours=True), "plain": digits_run(wrap, ours=False)},
+}
+"""Scenarios of both wrappers."""
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "ils": {"preset": "exact", "freeze_rate": 0.6},
+    "random": {**EXACT, "seed": 1},  # with it every unit has trained before the checkpoint
+}
+
+
+def scenario(name: str, folder: pathlib.Path) -> Any:
+    torch._dynamo.reset()
+    kind, _, what = name.partition("_")
+    if what in EITHER:
+        return EITHER[what](WRAPPERS[kind])
+    action, _, schedule = what.partition("_")
+    if action in ("save", "resume"):
+        where = folder / "checkpoints" / f"{kind}-{schedule}"
+        return checkpoint(where, WRAPPERS[kind], resume=action == "resume", **SCHEDULES[schedule])
+    return globals()[name]()
+
+
+def work(rank: int, ranks: int, folder: pathlib.Path, names: list[str]) -> None:
+    """One rank of a job."""
+    mine = folder / str(ranks)
+    mine.mkdir(exist_ok=True)
+    dist.init_process_group("gloo", init_method=f"file://{mine}/store", rank=rank, world_size=ranks)
     found = {}
     for name in names:
-        torch._dynamo.reset()
-        kind, _, what = name.partition("_")
-        if what in ("save", "resume"):
-            found[name] = checkpoint(folder / f"{kind}-checkpoint", WRAPPERS[kind], resume=what == "resume")
-        elif what == "digits":
-            found[name] = digits_run(WRAPPERS[kind])
-        else:
-            found[name] = globals()[name]()
+        found[name] = scenario(name, folder)
         dist.barrier()
-    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    torch.save(found, mine / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def prepare(*, with_digits: bool) -> None:
+    """What every rank would do for itself otherwise. What is compiled here is forgotten; imports stay."""
+    tqdm.tqdm.monitor_interval = 0  # no thread before a fork
+    warnings.filterwarnings("error", "slimfit_fx: torch.compile captured no graph")
+    model, _ = optimized(Tiny(depth=1))
+    model(*tokens()).backward()
+    if with_digits:
+        import digits
+
+        digits.pretrained()
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()  # looking for garbage in a million objects of imports takes time, and copies what forks share
+
+
+def main(folder: pathlib.Path, jobs: list[str]) -> None:
+    prepare(with_digits="digits" in " ".join(jobs))
+    for job in jobs:
+        ranks, _, names = job.partition(":")
+        settings = (int(ranks), folder, names.split(","))
+        torch.multiprocessing.start_processes(work, settings, int(ranks), start_method="fork")
 
 
 if __name__ == "__main__":
