@@ -1,6 +1,7 @@
 """Run by test_distributed.py: ``distributed_worker.py FOLDER RANKS:SCENARIO,...``; gloo, job after job.
 
 Ranks are forked from one process that has imported and compiled before: else that is most of the time of a small job.
+Under torchrun this is one of the ranks.
 Each scenario returns plain values; rank r of n writes ``{scenario: result}`` to FOLDER/<n>/rank<r>.pt.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import pathlib
 import sys
 import warnings
@@ -590,7 +592,10 @@ def work(rank: int, ranks: int, folder: pathlib.Path, names: list[str]) -> None:
     """One rank of a job."""
     mine = folder / str(ranks)
     mine.mkdir(exist_ok=True)
-    dist.init_process_group("gloo", init_method=f"file://{mine}/store", rank=rank, world_size=ranks)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", init_method=f"file://{mine}/store", rank=rank, world_size=ranks)
     found = {}
     for name in names:
         found[name] = scenario(name, folder)
@@ -619,6 +624,9 @@ def main(folder: pathlib.Path, jobs: list[str]) -> None:
     for job in jobs:
         ranks, _, names = job.partition(":")
         settings = (int(ranks), folder, names.split(","))
+        if dist.is_torchelastic_launched():
+            work(int(os.environ["RANK"]), *settings)
+            continue
         torch.multiprocessing.start_processes(work, settings, int(ranks), start_method="fork")
 
 

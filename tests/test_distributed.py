@@ -69,7 +69,12 @@ def two(jobs) -> list[dict[str, Any]]:
     return jobs[2]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.thorough)])
+on_two_and_four = pytest.mark.parametrize(
+    "accelerated", [2, pytest.param(4, marks=pytest.mark.thorough)], indirect=True, scope="module"
+)
+
+
+@pytest.fixture(scope="module")
 def accelerated(request, tmp_path_factory) -> list[dict[str, Any]]:
     """The ranks of a script that ``accelerate launch`` started."""
     pytest.importorskip("transformers")
@@ -256,6 +261,7 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
         assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
 
 
+@on_two_and_four
 def test_trainer_and_a_loop_under_accelerate_launch(accelerated):
     for name, as_in in (("trainer", "trainer"), ("resumed", "trainer"), ("loop", "loop")):
         expected = accelerated[0][as_in]
@@ -267,6 +273,7 @@ def test_trainer_and_a_loop_under_accelerate_launch(accelerated):
             assert found["bytes_sent"] and found["bytes_not_sent"] >= found["bytes_closed"] > 0, "all of what is closed"
 
 
+@on_two_and_four
 def test_fully_shard_under_accelerate_launch(accelerated, jobs):
     """Accelerate's own FSDP wants a GPU; the script shards for itself, and goes as in forked processes."""
     for rank, expected in zip(accelerated, jobs[len(accelerated)], strict=True):
@@ -275,6 +282,14 @@ def test_fully_shard_under_accelerate_launch(accelerated, jobs):
         assert found["compiles"] == as_forked["compiles"] and found["ungated"] == as_forked["ungated"]
         assert len(found["losses"]) == len(found["history"]) == 12
         assert found["losses"] == as_forked["losses"][:12] and found["history"] == as_forked["history"][:12]
+
+
+def test_torchrun_starts_the_same_jobs(tmp_path, two):
+    run([*torchrun(2), str(WORKER), str(tmp_path), "2:ddp_curve,fsdp_curve"])
+    for rank, as_forked in zip(results(tmp_path / "2", 2), two, strict=True):
+        for name, found in rank.items():
+            assert found["looked"] and found["moved"] == [] and found["gradients"] == []
+            assert found["losses"] == as_forked[name]["losses"] and found["history"] == as_forked[name]["history"]
 
 
 @pytest.mark.thorough
