@@ -178,10 +178,10 @@ def test_closed_gradients_are_not_sent(kind, two):
 
 @pytest.mark.parametrize(
     ("scenario", "bound"),
-    [("ddp_accumulate", 1e-6), ("fsdp_accumulate", 1e-6), ("ddp_bf16", 1e-2), ("fsdp_bf16", 1e-2)],
+    [("ddp_accumulate", 1e-6), ("fsdp_accumulate", 1e-6), ("ddp_bf16", 4e-3), ("fsdp_bf16", 4e-3)],
 )
 def test_gradients_are_those_without_us(scenario, bound, two):
-    """Accumulation, clipping, bf16 by autocast and by FSDP2's policy; ``bound`` is relative."""
+    """Accumulation, clipping, bf16 by autocast and by FSDP2's policy; ``bound`` is relative, for bf16 its rounding."""
     first, full_precision = two[0][scenario], two[0]["ddp_curve"]["losses"][0]
     assert len({str(opened) for opened in first["history"]}) > 2
     if "bf16" in scenario:
