@@ -164,29 +164,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         work(options)
         return 0
-    results, kept = [], {} if options.again else finished(report.stored("budget-cpu"), options)
+    asked = groups(options.groups, options.seed)
+    known = {} if options.again else finished(report.stored("budget-cpu"), options)
     numbers = [f"--{name}={getattr(options, name)}" for name in ("groups", "budgets", "falling", "steps", "seed")]
-    for index, group in enumerate(groups(options.groups, options.seed)):
-        if group.name in kept:
-            results.append(kept[group.name])
+    for index, group in enumerate(asked):
+        if group.name in known:
             continue
         print(f"{group.name} ...", file=sys.stderr, flush=True)
         outcome = report.run_worker("bench.budget", [*numbers, "--worker", str(index)], timeout_s=3600)
-        results.append({"name": group.name, "commit": report.commit(), **outcome})
+        known[group.name] = {"name": group.name, **report.stamp("cpu", "bench.budget"), **outcome}
         if not options.no_save:
-            asked = {"steps": options.steps, "seed": options.seed}
-            report.save("budget-cpu", {**asked, "results": results}, device="cpu", module="bench.budget")
-    return _report(results, options)
+            document = {"steps": options.steps, "seed": options.seed, "results": _in_order(asked, known)}
+            report.save("budget-cpu", document, device="cpu", module="bench.budget")
+    return _report(_in_order(asked, known), options)
+
+
+def _in_order(asked: Sequence[Group], known: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [known[group.name] for group in asked if group.name in known]
 
 
 def finished(document: Mapping[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The groups of a result file that are done, by name, each with the commit that it was measured at."""
+    """The groups of a result file that are done, by name, each with the commit and machine that measured it."""
     asked = [document.get(name) for name in ("steps", "seed")]
     if asked != [options.steps, options.seed]:
         return {}
     return {
-        result["name"]: {"commit": document["commit"], **result}
-        for result in document["results"]
+        result["name"]: result
+        for result in report.rows_in(document)
         if "error" not in result
         and len(result["rows"]) == options.budgets
         and len(result["falling"]) in (0, options.falling)

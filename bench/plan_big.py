@@ -100,14 +100,8 @@ def _save(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> Non
 
 def merged(stored: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """``results``, and those of the other cases in the document ``stored``; in the order of the cases."""
-    rows = {row["name"]: row for row in (*rows_in(stored), *results)}
+    rows = {row["name"]: row for row in (*report.rows_in(stored), *results)}
     return [rows[name] for name in CASES if name in rows]
-
-
-def rows_in(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a result file; one that says nothing of its commit, date or machine has those of the file."""
-    whole: dict[str, Any] = {key: document[key] for key in ("commit", "date", "machine") if key in document}
-    return [{**whole, **row} for row in document["results"]]
 
 
 def _report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:

@@ -248,3 +248,9 @@ def stored(name: str) -> dict[str, Any]:
     """Return what lies in ``bench/results/NAME.json``; nothing if there is no such file."""
     path = RESULTS / f"{name}.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def rows_in(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of a file; one that says nothing of its commit, date or machine has those of the file."""
+    whole = {key: document[key] for key in ("commit", "date", "machine") if key in document}
+    return [{**whole, **row} for row in document["results"]]

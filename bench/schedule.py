@@ -137,12 +137,6 @@ class Clock:
         return timed
 
 
-def rows_in(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each freeze rate of a result file; those of before steps were timed have no ``training``."""
-    one = {"freeze_rate": document.get("freeze_rate"), "schedule": document.get("schedule")}
-    return list(document.get("rates", [one]))
-
-
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The bound at each freeze rate, with what was measured and the verdict."""
     return [

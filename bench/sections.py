@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import plan_big, plan_time, price, schedule
+from bench import plan_time, price, report, schedule
 from bench.accuracy import claims
 from bench.accuracy import table as accuracy_table
 from bench.accuracy.__main__ import CACHE
@@ -74,7 +74,7 @@ def prediction_section(folder: Path) -> str:
         if falling:
             count = sum(map(len, falling))
             parts.append(f"{count} more in falling order, in {len(falling)} models: the peak rose {rose} times.")
-        parts += machines([document])
+        parts += machines(report.rows_in(document))
     return "\n\n".join(["## Predicted against measured peaks", *parts]) if parts else ""
 
 
@@ -117,7 +117,7 @@ def _plan_time(document: dict[str, Any]) -> list[str]:
 
 
 def _plan_big(document: dict[str, Any]) -> list[str]:
-    known = [row for row in plan_big.rows_in(document) if "error" not in row]
+    known = [row for row in report.rows_in(document) if "error" not in row]
     rows = [
         [row["name"], row["budget"] or "-", row["seconds"], row["host_bytes"] / 2**30, row["peak_bytes"] / 2**30,
          short_commit(row)]
@@ -132,7 +132,7 @@ def schedule_section(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("schedule-*.json")):
         document = json.loads(path.read_text())
-        rows = list(schedule.lines(schedule.rows_in(document)))
+        rows = list(schedule.lines(document["rates"]))
         parts += [path.stem.removeprefix("schedule-") + ":", _table(rows, list(schedule.HEADS), schedule.FORMATS)]
         parts += machines([document])
     said = (

@@ -264,13 +264,17 @@ def test_prediction_errors_and_budgets_are_told(folder):
     rows = [{"measured": 103, "budget": 100}, {"measured": 100, "budget": 100}]
     steps_down = [{"predicted_step": 9, "measured": 90}, {"predicted_step": 10, "measured": 80}]
     budgets = {
-        "results": [{"name": "m", "rows": rows, "falling": steps_down}, {"name": "n", "rows": [], "falling": []}]
+        "results": [
+            {"name": "m", "rows": rows, "falling": steps_down, "commit": "a" * 40},
+            {"name": "n", "rows": [], "falling": []},
+        ]
     }
     (folder / "budget-cpu.json").write_text(json.dumps({**budgets, "machine": _MACHINE, "commit": None}))
     section = sections.prediction_section(folder)
     assert "-1.000" in section and "2 cases, 2 steps: median error 0.500%" in section
     assert "2 random ones were accepted, in 2 models; 1 were exceeded by more than 1%" in section.replace("\n", " ")
     assert "2 more in falling order, in 1 models: the peak rose 1 times" in section
+    assert f"commit {'a' * 10}, no commit" in section, "each model's own"
 
 
 def test_planning_is_told(folder):
@@ -317,9 +321,9 @@ def test_the_schedulers_share_of_a_step_is_told(folder):
     assert sections.schedule_section(folder) == ""
     path, alone = folder / "schedule-m.json", {"units": 101, "step_ms": 18.0}
     kept = {"machine": _MACHINE, "commit": None}
-    path.write_text(json.dumps({"freeze_rate": 0.9, "schedule": alone, **kept}))
+    path.write_text(json.dumps({"rates": [{"freeze_rate": 0.9, "schedule": alone}], **kept}))
     (line,) = (line for line in sections.schedule_section(folder).splitlines() if "18.0" in line)
-    assert [cell.strip() for cell in line.split("|")[4:8]] == ["-", "-", "-", "-"], "an old file has no steps"
+    assert [cell.strip() for cell in line.split("|")[4:8]] == ["-", "-", "-", "-"], "steps were not timed"
     found = [{"scheduling_ms": 1000 * share, "step_ms": 1000.0, "share": share} for share in (0.01, 0.0125)]
     rates = [{"freeze_rate": r, "schedule": alone, "training": t} for r, t in zip((0.9, 0.5), found, strict=True)]
     path.write_text(json.dumps({"rates": rates, **kept}))

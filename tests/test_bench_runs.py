@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import plan_big, plan_time, report, schedule, trainer
+from bench import budget, plan_big, plan_time, report, schedule, trainer
 from bench import time as step_time
 from bench.models import make_case
 from bench.rivals import Settings, make_trainee
@@ -165,6 +165,34 @@ def test_the_timed_budget_leaves_room_for_a_share_of_the_step(monkeypatch):
     assert [line[0] for line in plan_time.lines([peak, budget])] == [
         "`plan(peak=True)`", "`plan(preset='max', memory_budget=...)`"
     ]  # fmt: skip
+
+
+# ---- budgets
+
+
+def test_models_that_are_done_are_not_measured_again(monkeypatch, results):
+    asked: list[str] = []
+
+    def worker(module: str, arguments: list[str], **_: Any) -> dict[str, Any]:
+        asked.append(arguments[-1])
+        if arguments[-1] == "1" and len(asked) == 2:
+            return {"error": "killed"}
+        row = {"budget": 10, "measured": 9, "predicted_step": 5, "preset": "exact"}
+        return {"rows": [row] * 2, "falling": [row] * 3 if arguments[-1] == "0" else []}
+
+    monkeypatch.setattr(report, "run_worker", worker)
+    command = ["--groups", "3", "--budgets", "2", "--falling", "3"]
+    assert budget.main([*command, "--check"]) == 1
+    assert budget.main([*command, "--check"]) == 0
+    assert asked == ["0", "1", "2", "1"], "only the one that failed"
+    kept = json.loads((results / "budget-cpu.json").read_text())["results"]
+    assert len(kept) == 3 and all("commit" in row and "machine" in row for row in kept)
+    asked.clear()
+    budget.main([*command[:-1], "4"])
+    assert asked == ["0"], "of the others no falling budgets were asked"
+    budget.main([*command, "--seed", "1"])
+    budget.main([*command, "--again", "--seed", "1"])
+    assert len(asked) == 1 + 3 + 3
 
 
 # ---- the scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -24,7 +25,8 @@ from slimfit_fx.planning.stand_ins import DryRun
 
 @st.composite
 def traces(draw: st.DrawFn, *, shared: bool) -> StepTrace:
-    """Blocks of up to four gates that come and go, some inside a branch; with ``shared``, some have several gates."""
+    """Blocks of up to four gates that come and go, some inside a branch; with ``shared``, some have several gates, and
+    some that are everybody's are dropped early by those who have a certain gate closed."""
     gates = st.frozensets(st.integers(0, 3), max_size=3 if shared else 1)
     events: list[Event] = []
     alive: list[Event] = []
@@ -32,6 +34,10 @@ def traces(draw: st.DrawFn, *, shared: bool) -> StepTrace:
         owners = draw(gates)
         made = Event(draw(st.integers(1, 100)), block, owners, owners if draw(st.booleans()) else frozenset())
         events.append(made)
+        if shared and not owners and draw(st.booleans()):  # as Meter.release_unless_open has it
+            gate = frozenset([draw(st.integers(0, 3))])
+            events.append(Event(-made.delta_bytes, block, unless=gate))
+            made = dataclasses.replace(made, owners=gate)
         alive.append(made)
         while alive and draw(st.booleans()):
             gone = alive.pop(draw(st.integers(0, len(alive) - 1)))
@@ -46,7 +52,7 @@ def brute_force(trace: StepTrace, chosen: frozenset[int]) -> list[int]:
     for index in range(len(trace.events)):
         blocks: dict[int, int] = {}
         for event in trace.events[: index + 1]:
-            if not event.owners or event.owners & chosen:
+            if (not event.owners or event.owners & chosen) and not event.unless & chosen:
                 blocks[event.block] = blocks.get(event.block, 0) + event.delta_bytes
         found.append(sum(blocks.values()))
     return found
