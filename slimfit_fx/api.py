@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from slimfit_fx import integrations
 from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
-from slimfit_fx.capture.dynamo import compile_forward
+from slimfit_fx.capture.dynamo import TraceableShards, compile_forward
 from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
 from slimfit_fx.config import Config
@@ -268,12 +268,13 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     if current.config.compile_eval:
         evaluated = compile_forward(model, _EVAL_BACKENDS[current.executor])
     training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), UngatedUnits()
+    shards = TraceableShards(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
         if captured and current.outgrows_its_plan():
             training = compile_model()
-        with current.one_graph():
+        with current.one_graph(), shards.traceable():
             try:
                 return training(*args, **kwargs)
             except PlanOutgrown:  # nothing has run yet

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import tqdm
 from reference import optimized
-from small_models import Tiny, optimizer_state, same_state, tokens
+from small_models import WIDTH, Tiny, optimizer_state, same_state, tokens
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -65,6 +65,19 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x)
         return cross_entropy(self.head(x.mean(1)), labels)
+
+
+class TorchBlocks(Tiny):
+    """Blocks of torch's own classes, whose frames dynamo skips."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.blocks = nn.ModuleList(
+            [
+                nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True),
+                nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)),
+            ]
+        )
 
 
 def share(number: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,14 +211,18 @@ def diverge(wrap: Callable[[nn.Module], Any]) -> str:
     return ""
 
 
-def beside_plain(wrap: Callable[[nn.Module], Any], backward: Callable[[Any, int], float]) -> dict[str, Any]:
+def beside_plain(
+    wrap: Callable[[nn.Module], Any],
+    backward: Callable[[Any, int], float],
+    make: Callable[[], nn.Module] = lambda: Tiny(depth=1, dropout=0.0),
+) -> dict[str, Any]:
     """Four steps with clipping, watched; then the same without us, with the closed gradients dropped by hand.
 
     ``error``: the distance between the weights of the two, over the distance that the latter went.
     """
     found: dict[str, Any] = {}
     for kind in ("ours", "plain"):
-        model, norms, losses = Tiny(depth=1, dropout=0.0), [], []
+        model, norms, losses = make(), [], []
         if kind == "ours":
             model, session = optimized(model, **EXACT)
         start = weights(model)
@@ -221,7 +238,7 @@ def beside_plain(wrap: Callable[[nn.Module], Any], backward: Callable[[Any, int]
             norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1)).item())
             optimizer.step()
         if watch is not None:
-            found |= watched(watch)
+            found |= watched(watch) | {"recompiles": session.recompiles, "ungated": ungated(session)}
         found |= {f"{kind}_norms": norms, f"{kind}_losses": losses}
     plain = weights(model)
     apart = sum((plain[name] - found["weights"][name]).square().sum() for name in plain)
@@ -421,6 +438,19 @@ def shard(model: nn.Module, **settings: Any) -> nn.Module:
 
 def fsdp_accumulate() -> dict[str, Any]:
     return beside_plain(shard, after_no_gradient_sync)
+
+
+def fsdp_torch_blocks() -> dict[str, Any]:
+    """``forwards_left``: parts that have one of their own when all is done."""
+    models: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        models.append(TorchBlocks())
+        return models[-1]
+
+    found = beside_plain(shard, once, make)
+    left = [name for name, module in models[0].named_modules() if name and "forward" in vars(module)]
+    return found | {"forwards_left": left}
 
 
 def fsdp_bf16() -> dict[str, Any]:

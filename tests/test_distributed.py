@@ -25,7 +25,15 @@ ON_TWO = (
     *("ddp_then_optimize", "ddp_own_hook", "ddp_disagree", "ddp_join", "ddp_digits"),
     *["fsdp_digits", "ddp_inductor", "fsdp_inductor"] * THOROUGH,
     *("fsdp_curve", "fsdp_distances", "fsdp_traffic", "fsdp_flat", "shard_then_optimize", "fsdp_accumulate"),
-    *("fsdp_bf16", "ddp_save_ils", "ddp_resume_ils", "ddp_save_random", "fsdp_save_ils", "fsdp_resume_ils"),
+    *(
+        "fsdp_torch_blocks",
+        "fsdp_bf16",
+        "ddp_save_ils",
+        "ddp_resume_ils",
+        "ddp_save_random",
+        "fsdp_save_ils",
+        "fsdp_resume_ils",
+    ),
     "fsdp_save_random",
 )
 ON_OTHERS = (
@@ -142,6 +150,16 @@ def test_blocks_have_their_gates_under_fsdp(two):
     assert found["compiles"][1] == 0, "no recompile"
 
 
+def test_blocks_of_torchs_own_classes_are_captured_under_fsdp(two):
+    """Dynamo skips their frames; what is put around them is gone behind the forward."""
+    for rank in two:
+        found = rank["fsdp_torch_blocks"]
+        assert found["recompiles"] == 0 and found["forwards_left"] == []
+        names = set().union(*found["history"])
+        assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {"0", "1"}
+        assert not any(name.startswith("blocks.") for name in found["ungated"])
+
+
 def test_ranks_that_measure_otherwise_decide_alike(two):
     first, second = (rank["ddp_ils"] for rank in two)
     assert first["history"] == second["history"] and first["distances"] == second["distances"]
@@ -178,7 +196,10 @@ def test_closed_gradients_are_not_sent(kind, two):
 
 @pytest.mark.parametrize(
     ("scenario", "bound"),
-    [("ddp_accumulate", 1e-6), ("fsdp_accumulate", 1e-6), ("ddp_bf16", 4e-3), ("fsdp_bf16", 4e-3)],
+    [
+        *(("ddp_accumulate", 1e-6), ("fsdp_accumulate", 1e-6), ("fsdp_torch_blocks", 1e-6)),
+        *(("ddp_bf16", 4e-3), ("fsdp_bf16", 4e-3)),
+    ],
 )
 def test_gradients_are_those_without_us(scenario, bound, two):
     """Accumulation, clipping, bf16 by autocast and by FSDP2's policy; ``bound`` is relative, for bf16 its rounding."""

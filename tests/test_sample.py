@@ -17,12 +17,10 @@ from torch import nn
 from bench.measure import recorded_step, replay
 from slimfit_fx.runtime import peers
 from slimfit_fx.schedule import (
+    Sample,
     combine_parts,
     distance_parts,
     distance_parts_of_all,
-    sample_numel,
-    sample_stride,
-    take_sample,
     update_distance,
 )
 
@@ -41,36 +39,48 @@ def peak_of(function) -> int:
 
 
 @given(numel=st.integers(0, 10**6), most=st.integers(1, 10**5))
-def test_the_stride_is_the_smallest_that_shares_no_divisor(numel, most):
-    stride = sample_stride(numel, most)
+def test_the_spacing_is_the_smallest_that_shares_no_divisor(numel, most):
+    sample = Sample.of(numel, most)
     if numel <= most:
-        assert stride == 1
+        assert sample.everything and sample.numel == numel
         return
-    least = math.ceil(numel / most)
-    assert stride >= least and math.gcd(stride, numel) == 1
-    assert all(math.gcd(smaller, numel) > 1 for smaller in range(least, stride))
-    assert sample_numel(numel, most) == len(range(0, numel, stride)) <= most
+    run = 16 if most >= 1024 else 1
+    factor = sample.spacing // run
+    assert sample.run == run and sample.spacing == run * factor and math.gcd(factor, numel) == 1
+    least = math.ceil(numel / (most // run * run))
+    assert all(math.gcd(smaller, numel) > 1 for smaller in range(least, factor))
+    assert sample.numel == len(places_of(sample)) <= most
+
+
+def places_of(sample: Sample) -> list[int]:
+    """By the definition: runs that are whole."""
+    starts = range(0, sample.whole - sample.run + 1, sample.spacing)
+    return [start + k for start in starts for k in range(sample.run)]
 
 
 def test_no_limit_is_all():
     x = numbered(30, 40)
-    assert sample_stride(1200, None) == 1 and sample_numel(1200, None) == 1200
-    assert take_sample(x, 1) is x
+    sample = Sample.of(1200, None)
+    assert sample.everything and sample.numel == 1200
+    assert sample.take(x) is x
 
 
 @pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072), (30522, 768), (2, 768), (1024, 4096)])
 @pytest.mark.parametrize("most", [1 << 16, 1000])
 def test_rows_and_columns_are_met_equally_often(shape, most):
-    places = torch.arange(0, math.prod(shape), sample_stride(math.prod(shape), most))
-    for met in (torch.bincount(places % shape[1], minlength=shape[1]), torch.bincount(places // shape[1])):
-        assert met.max() - met.min() <= 1
+    sample = Sample.of(math.prod(shape), most)
+    places = torch.tensor(places_of(sample))
+    columns, rows = torch.bincount(places % shape[1], minlength=shape[1]), torch.bincount(places // shape[1])
+    assert columns.max() - columns.min() <= 1
+    assert rows.max() - rows.min() <= sample.run
 
 
-@given(shape=SHAPES, stride=st.integers(2, 9))
-@settings(deadline=None, max_examples=50)
-def test_a_contiguous_tensor_is_sampled_in_order(shape, stride):
+@given(shape=SHAPES, run=st.integers(1, 5), factor=st.integers(2, 9))
+@settings(deadline=None, max_examples=100)
+def test_a_contiguous_tensor_is_sampled_in_order(shape, run, factor):
     x = numbered(*shape)
-    assert torch.equal(take_sample(x, stride), x.flatten()[::stride])
+    sample = Sample(x.numel(), run, run * factor)
+    assert sample.take(x).flatten().tolist() == places_of(sample)
 
 
 @pytest.mark.parametrize(
@@ -86,40 +96,50 @@ def test_a_contiguous_tensor_is_sampled_in_order(shape, stride):
 )
 def test_a_tensor_without_gaps_is_read_in_memory_order_and_never_copied(make):
     x = make()
-    found = take_sample(x, 7)
-    assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert torch.equal(found, torch.as_strided(x, (60000,), (1,))[::7])
-    assert peak_of(lambda: take_sample(x, 7).clone()) <= 4 * 8572 + 64
+    in_order = torch.as_strided(x, (60000,), (1,))
+    for sample in (Sample(60000, 1, 7), Sample(60000, 16, 112)):
+        found = sample.take(x)
+        assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert torch.equal(found.flatten(), in_order[places_of(sample)])
+        assert peak_of(lambda s=sample: s.take(x).clone()) <= 4 * sample.numel + 64
 
 
 @pytest.mark.parametrize("make", [lambda: numbered(30, 20)[:, ::2], lambda: numbered(30, 1).expand(30, 10)])
 def test_a_tensor_with_gaps_or_overlaps_is_flattened(make):
-    assert torch.equal(take_sample(make(), 7), make().flatten()[::7])
+    flat = make().flatten()
+    for sample in (Sample(300, 1, 7), Sample(300, 16, 48)):
+        assert torch.equal(sample.take(make()).flatten(), flat[places_of(sample)])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (4, 0), (1,), (1, 1)])
 def test_tensors_of_one_element_or_none(shape):
     x = torch.ones(shape)
-    for stride in (sample_stride(x.numel(), 1), 5):
-        found = take_sample(x, stride)
-        assert found.numel() == x.numel()
+    for sample in (Sample.of(x.numel(), 1), Sample(x.numel(), 1, 5)):
+        found = sample.take(x)
+        assert found.numel() == sample.numel == x.numel()
         assert update_distance(found.clone(), found).item() == 0.0
 
 
-@given(rows=st.integers(1, 40), columns=st.integers(1, 9), ranks=st.integers(1, 6), most=st.integers(1, 60))
-@settings(deadline=None, max_examples=100)
-def test_shards_have_the_sample_of_the_whole(rows, columns, ranks, most):
-    """Cut as FSDP2 does: by ``torch.chunk``, with fewer rows or none at the end."""
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 9),
+    ranks=st.integers(1, 6),
+    run=st.integers(1, 20),
+    factor=st.integers(2, 9),
+)
+@settings(deadline=None, max_examples=200)
+def test_shards_have_the_sample_of_the_whole(rows, columns, ranks, run, factor):
+    """Cut as FSDP2 does: by ``torch.chunk``, with fewer rows or none at the end; runs may go over several shards."""
     before = numbered(rows, columns) + 1
     after = before + torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    stride = sample_stride(before.numel(), most)
+    sample = Sample(before.numel(), run, run * factor)
     chunk = -(-rows // ranks)
     cuts = [(min(r * chunk, rows), min((r + 1) * chunk, rows)) for r in range(ranks)]
-    shards = [[take_sample(x[a:b], stride, offset=a * columns) for a, b in cuts] for x in (before, after)]
-    assert torch.equal(torch.cat([s.flatten() for s in shards[0]]), take_sample(before, stride).flatten())
+    shards = [[sample.take(x[a:b], offset=a * columns) for a, b in cuts] for x in (before, after)]
+    assert torch.equal(torch.cat([s.flatten() for s in shards[0]]), sample.take(before).flatten())
     for metric in ("relative_mean", "relative_norm"):
         parts = [distance_parts(b, a, metric=metric) for b, a in zip(*shards, strict=True)]
-        whole = update_distance(take_sample(before, stride), take_sample(after, stride), metric=metric)
+        whole = update_distance(sample.take(before), sample.take(after), metric=metric)
         torch.testing.assert_close(combine_parts(torch.stack(parts).sum(0), metric=metric), whole)
 
 
@@ -139,8 +159,8 @@ def adamw_step(shape: tuple[int, ...], seed: int, lr: float) -> tuple[torch.Tens
 
 
 def sampled_distance(before, after, most=1 << 16, metric="relative_mean") -> float:
-    stride = sample_stride(before.numel(), most)
-    return update_distance(take_sample(before, stride), take_sample(after, stride), metric=metric).item()
+    sample = Sample.of(before.numel(), most)
+    return update_distance(sample.take(before), sample.take(after), metric=metric).item()
 
 
 @pytest.mark.parametrize(("most", "tolerance"), [(1 << 16, 0.01), (1024, 0.1)])
@@ -180,7 +200,7 @@ def test_a_session_measures_the_sample():
     assert any(model.get_parameter(name).numel() > 50 for name in session.gates.names)
 
 
-@pytest.mark.parametrize("most", [1000, *(pytest.param(n, marks=pytest.mark.thorough) for n in (None, 1 << 16))])
+@pytest.mark.parametrize("most", [1000, 2000, *(pytest.param(n, marks=pytest.mark.thorough) for n in (None, 1 << 16))])
 def test_what_is_remembered_is_what_is_predicted(most):
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300), nn.Conv2d(40, 30, 3), nn.Linear(10, 10))
     model[2].to(memory_format=torch.channels_last)
@@ -193,7 +213,7 @@ def test_what_is_remembered_is_what_is_predicted(most):
     session.before_forward()
     copied = peak_of(lambda: session._tracker.before_step(frozenset(map(id, model.parameters()))))
     units = [model.get_parameter(name).numel() for name in session.gates.names]
-    assert copied == 4 * sum(sample_numel(numel, most) for numel in units)
+    assert copied == 4 * sum(Sample.of(numel, most).numel for numel in units)
     predicted = session.predict_update()
     session._tracker.begin_step()
     found = sum(4 * p.numel() for p in model.parameters()) + peak_of(optimizer.step)

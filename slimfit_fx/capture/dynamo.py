@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -41,6 +44,53 @@ def _traceable(model: nn.Module) -> Callable[..., Any]:
 
     frame.__code__ = frame.__code__.replace()  # code of its own, hence a compile cache and limit of its own
     return frame
+
+
+class TraceableShards:
+    """Lets dynamo capture the sharded parts (FSDP2) of ``model`` that are of torch's own classes.
+
+    FSDP2's hooks break the graph around each part, whose ``forward`` dynamo meets as a frame of its own. It skips those
+    of torch's files (``nn.TransformerEncoderLayer``, ``nn.Sequential``), so that these parts have one of ours while a
+    training forward is called; copies, pickles and ``restore`` know nothing of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._codes: dict[str, CodeType] = {}
+        """By structure: parts that are alike share what is compiled, and no others use up their limit of recompiles."""
+        self._code_of: weakref.WeakKeyDictionary[nn.Module, CodeType] = weakref.WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def traceable(self) -> Iterator[None]:
+        """Hold this around each call of a training forward."""
+        parts = list(self._untraceable())
+        for part in parts:
+            part.__dict__["forward"] = self._frame_around(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.__dict__["forward"]
+
+    def _untraceable(self) -> Iterator[nn.Module]:
+        fsdp, model = sys.modules.get("torch.distributed.fsdp"), self._model()
+        if fsdp is None or model is None:  # without it nobody can have sharded anything
+            return
+        for module in model.modules():
+            is_part = isinstance(module, fsdp.FSDPModule) and module is not model
+            if is_part and "forward" not in module.__dict__ and torch._dynamo.trace_rules.check(module.forward):
+                yield module
+
+    def _frame_around(self, part: nn.Module) -> Callable[..., Any]:
+        forward = part.forward
+
+        def frame(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        if part not in self._code_of:
+            self._code_of[part] = self._codes.setdefault(repr(part), frame.__code__.replace())
+        frame.__code__ = self._code_of[part]
+        return frame
 
 
 def one_graph(*, under_ddp: bool = False) -> contextlib.AbstractContextManager[Any]:

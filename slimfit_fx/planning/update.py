@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from slimfit_fx.planning.blocks import TensorSpec
 from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
-from slimfit_fx.schedule import distance_parts_of_all, sample_stride, take_sample
+from slimfit_fx.schedule import Sample, distance_parts_of_all
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _SCALARS = 64
@@ -85,7 +85,7 @@ def step_memory(
 def _measuring_bytes(params: Sequence[Tensor], metric: Any, most: int | None) -> int:
     """The most bytes that measuring how far ``params`` moved takes, beside the copies of what was there before."""
     empty = [_without_values(p).detach() for p in params]
-    afters = [take_sample(e, sample_stride(e.numel(), most)) for e in empty]
+    afters = [Sample.of(e.numel(), most).take(e) for e in empty]
     befores, device = [x.clone() for x in afters], params[0].device
     return count_bytes(lambda: distance_parts_of_all(befores, afters, metric=metric, device=device))
 

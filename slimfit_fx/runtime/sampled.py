@@ -2,7 +2,7 @@
 
 ::
 
-    weight (768, 768), whole      ->  elements 0, 11, 22, ...
+    weight (768, 768), whole      ->  elements 0 to 15, 176 to 191, 352 to 367, ...
     rows 384 to 767 of it (FSDP)  ->  those of the same elements that lie in these rows
 """
 
@@ -13,27 +13,27 @@ from typing import Any
 from torch import Tensor
 
 from slimfit_fx.runtime.bindings import is_sharded
-from slimfit_fx.schedule import sample_numel, sample_stride, take_sample
+from slimfit_fx.schedule import Sample
 
 
 def sampled_part(param: Any, most: int | None) -> Tensor:
-    """Return the elements of ``param`` that are compared, at most ``most`` of the whole: a view, if they lie in order.
+    """Return the elements of ``param`` that are compared, at most ``most`` of the whole: a view, where one can be.
 
     A shard that is no run of the flattened parameter (cut along another dimension than the first, or along several
     meshes) is compared whole, on all ranks alike.
     """
     tensor: Tensor = param.detach()
     if not is_sharded(param):
-        return take_sample(tensor, sample_stride(tensor.numel(), most))
+        return Sample.of(tensor.numel(), most).take(tensor)
     local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     offset = _offset_of(param)
-    return local if offset is None else take_sample(local, sample_stride(param.numel(), most), offset=offset)
+    return local if offset is None else Sample.of(param.numel(), most).take(local, offset=offset)
 
 
 def sampled_bytes(param: Any, most: int | None) -> int:
     """Return the bytes of ``sampled_part`` on all ranks together."""
     whole = is_sharded(param) and _offset_of(param) is None
-    return (param.numel() if whole else sample_numel(param.numel(), most)) * param.element_size()
+    return (param.numel() if whole else Sample.of(param.numel(), most).numel) * param.element_size()
 
 
 def _offset_of(param: Any) -> int | None:

@@ -12,7 +12,7 @@ from slimfit_fx.schedule.distance import (
 from slimfit_fx.schedule.ils import InterLayerScheduler
 from slimfit_fx.schedule.none import OpenScheduler
 from slimfit_fx.schedule.round_robin import RoundRobinScheduler
-from slimfit_fx.schedule.sample import sample_numel, sample_stride, take_sample
+from slimfit_fx.schedule.sample import Sample
 from slimfit_fx.schedule.uniform import RandomScheduler
 
 register_scheduler("ils", InterLayerScheduler)
@@ -27,6 +27,7 @@ __all__ = [
     "OpenScheduler",
     "RandomScheduler",
     "RoundRobinScheduler",
+    "Sample",
     "Scheduler",
     "UnitInfo",
     "combine_parts",
@@ -34,9 +35,6 @@ __all__ = [
     "distance_parts_of_all",
     "make_scheduler",
     "register_scheduler",
-    "sample_numel",
-    "sample_stride",
     "scheduler_names",
-    "take_sample",
     "update_distance",
 ]
