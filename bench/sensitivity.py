@@ -26,14 +26,19 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench import report
+from slimfit_fx.presets import PARTS
 
-KINDS = ("gelu_input", "attention_qkv", "attention_probs", "normalised", "linear_input", "float")
+KINDS = (
+    *("gelu_input", "gelu_input_static", "attention_qkv", "attention_probs", "normalised", "normalised_static"),
+    *("linear_input", "float"),
+)
 CODECS = ("int8", "int8-sr", "int4", "int4-sr", "int2", "int2-sr")
 ONLY_FOR = {
     "gelu_input": ("fixed_gelu4",),
     "attention_qkv": ("fixed_int8",),
     "attention_probs": ("fixed_uint8",),
     "normalised": ("topk",),
+    "normalised_static": ("topk",),
     "linear_input": ("fixed_int8",),
 }
 """Formats that were made for one kind: their ranges are those of its values."""
@@ -152,9 +157,14 @@ def errors(exact: Sequence[Gradients], found: Sequence[Gradients]) -> dict[str, 
 
 
 def stored_bytes(rows: Sequence[Any], kind: str, codec: str) -> dict[str, int]:
-    """What the values of ``kind`` that ``codec`` stores take as they are, and encoded."""
+    """What the values of ``kind`` that ``codec`` stores take as they are, and encoded.
+
+    A static part, which is stored beside the rest, counts for itself.
+    """
     chosen = [row for row in rows if row.kind == kind and row.codec == codec]
-    return {"bytes_before": sum(r.bytes_before for r in chosen), "bytes_after": sum(r.bytes_open for r in chosen)}
+    is_part = any(kind in parts for parts in PARTS.values())
+    after = sum(r.bytes_closed if is_part else r.bytes_open for r in chosen)
+    return {"bytes_before": sum(r.bytes_before for r in chosen), "bytes_after": after}
 
 
 def alone(kind: str, codec: str) -> dict[str, Any]:

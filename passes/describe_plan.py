@@ -5,18 +5,21 @@ Changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, GateLayout, hint, module_path, nbytes
 from slimfit_fx.passes.find_cones import ConePlan
-from slimfit_fx.passes.insert_codecs import ENCODED
+from slimfit_fx.passes.insert_codecs import ENCODED, STATIC_STORED
 from slimfit_fx.passes.insert_gates import GATES
 from slimfit_fx.passes.liveness import SERVES
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
-from slimfit_fx.planning.planner import Planning
-from slimfit_fx.planning.rows import GraphPlan, PlanRow
+from slimfit_fx.planning.planner import Decision, Planning
+from slimfit_fx.planning.rows import WHOLE, GraphPlan, PlanRow
+from slimfit_fx.presets import PARTS
 
 
 def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout: GateLayout) -> GraphPlan:
@@ -47,19 +50,13 @@ def _why_missing(cones: ConePlan, gate: int) -> str:
 
 
 def _saved_row(value: fx.Node, parts: list[fx.Node]) -> PlanRow:
-    decision = value.meta.get(DECISION)
     gates = frozenset().union(*(p.meta.get(GATES, frozenset()) for p in parts))
     size = nbytes(value)
     stored = sum(nbytes(p) for p in parts)
     closed = sum(nbytes(p) for p in parts if GATES not in p.meta)
-    codec = decision.codec if decision is not None and any(ENCODED in p.meta for p in parts) else None
-    action = "keep" if codec is None else "codec"
     if value.op == "placeholder":
-        kind, reason = ("gate" if "slimfit_gate" in value.meta else "input"), "an input or parameter: alive anyway"
         size = stored = closed = 0
-    else:
-        kind = decision.kind if decision else "other"
-        reason = decision.reason if decision else "chosen by torch's partitioner"
+    kind, codec, beside, reason = _how_stored(value, parts)
     return PlanRow(
         graph=0,
         name=value.name,
@@ -70,13 +67,36 @@ def _saved_row(value: fx.Node, parts: list[fx.Node]) -> PlanRow:
         gates=tuple(str(g) for g in sorted(gates)),
         shape=_shape(value),
         dtype=str(value.meta["val"].dtype).removeprefix("torch."),
-        decision=action + ("+gate" if gates else ""),
-        codec=None if codec is None else codec.name,
+        decision=("keep" if codec is None else "codec") + ("+gate" if gates else ""),
+        codec=codec,
         reason=reason,
         bytes_before=size,
         bytes_open=stored,
         bytes_closed=closed,
+        beside=beside,
     )
+
+
+def _how_stored(value: fx.Node, parts: Sequence[fx.Node]) -> tuple[str, str | None, str | None, str]:
+    """Kind of the value, name of its codec, how it is stored beside that for units, and why."""
+    decision: Decision | None = value.meta.get(DECISION)
+    if value.op == "placeholder":
+        kind = "gate" if "slimfit_gate" in value.meta else "input"
+        return kind, None, None, "an input or parameter: alive anyway"
+    if decision is None:
+        return "other", None, None, "chosen by torch's partitioner"
+    name = None if decision.codec is None else decision.codec.name
+    static = [p for p in parts if _is_static_part(p)]
+    if decision.parts is not None and static:
+        kind, codec = PARTS[decision.kind][0], decision.parts[0].name
+        return kind, codec, (name or WHOLE) if len(static) < len(parts) else None, f"{kind}: {codec}"
+    return decision.kind, name if any(ENCODED in p.meta for p in parts) else None, None, decision.reason
+
+
+def _is_static_part(saved: fx.Node) -> bool:
+    node = saved.args[0] if GATES in saved.meta and saved.op == "call_function" else saved
+    assert isinstance(node, fx.Node)
+    return ENCODED in node.meta and node.meta[ENCODED][1] == STATIC_STORED
 
 
 def _recomputed_row(node: fx.Node) -> PlanRow:

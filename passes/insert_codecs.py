@@ -9,10 +9,18 @@
 A value is encoded once however many readers it has. Reads ``meta["slimfit_decision"]`` of the saved values
 (partition.py); values without a codec are not touched. Dense but permuted values are encoded in the order of their
 memory and come back with their own strides.
+
+A decision with ``parts`` has the value stored twice, for two groups of readers (static_readers.py)::
+
+    backward: dx = f(v); dW = h(v)    ->   dx = f(decode(values, places)); dW = h(v)
+
+insert_gates.py then drops ``v`` itself while no unit trains that reads it. Who reads what does not depend on the gates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,39 +28,116 @@ from torch import Tensor, fx
 from slimfit_fx.codecs import Codec
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
+from slimfit_fx.passes.static_readers import ReaderGroups, StaticReaders, part_readers
 from slimfit_fx.passes.templates import TemplateWriter
 from slimfit_fx.planning.planner import dense_order
 
 ENCODED = "slimfit_encoded"
+"""Marks a part of an encoded value with (the value's name, what kind of part, its number)."""
+STATIC_STORED = "static part"
 
 
-def insert_codecs(seam: Seam, *, decompositions: dict[Any, Any]) -> int:
-    """Encode every saved value that has a codec. Returns how many were encoded."""
-    todo = [(v, p) for v, p in seam.saved() if _codec_of(v) is not None and ENCODED not in v.meta]
-    if not todo:
-        return 0
-    encoder = TemplateWriter(seam.forward.graph, decompositions)
-    decoder = TemplateWriter(seam.backward.graph, decompositions)
+def insert_codecs(seam: Seam, gates: Sequence[int], *, decompositions: dict[Any, Any]) -> int:
+    """Encode every saved value that has a codec. Returns how many were encoded.
+
+    ``gates[j]`` is the gate of the backward graph's output ``j`` or STATIC.
+    """
+    writer = _Writer(seam, decompositions)
+    count = _insert_static_codecs(writer, gates)
+    for value, placeholder in seam.saved():
+        codec = _codec_of(value)
+        if codec is not None and ENCODED not in value.meta:
+            writer.store(codec, value, placeholder)
+            count += 1
+    if count:
+        for graph_module in (seam.forward, seam.backward):
+            graph_module.graph.lint()
+            graph_module.recompile()
+    return count
+
+
+def _insert_static_codecs(writer: _Writer, gates: Sequence[int]) -> int:
+    saved = writer.seam.saved()
+    done = {v.meta[ENCODED][0] for v, _ in saved if ENCODED in v.meta}
+    todo = [(v, p) for v, p in saved if getattr(v.meta.get(DECISION), "parts", None) and v.name not in done]
+    count = 0
     for value, placeholder in todo:
-        _insert_codec(seam, encoder, decoder, value, placeholder)
-    for graph_module in (seam.forward, seam.backward):
-        graph_module.graph.lint()
-        graph_module.recompile()
-    return len(todo)
+        decision = value.meta[DECISION]
+        static, units = decision.parts
+        found = StaticReaders(writer.seam.backward.graph, gates).find(placeholder)
+        if isinstance(found, str):
+            value.meta[DECISION] = replace(decision, parts=None, reason=f"{decision.reason}; {found}")
+            continue
+        value.meta[DECISION] = replace(decision, codec=units)
+        if found.units:
+            writer.store_beside(static, value, placeholder, found)
+        else:
+            writer.store(static, value, placeholder, STATIC_STORED)
+        count += 1
+    return count
 
 
 def _codec_of(node: fx.Node) -> Codec | None:
     decision = node.meta.get(DECISION)
-    return decision.codec if decision is not None else None
+    return None if decision is None else decision.codec
 
 
-def _insert_codec(
-    seam: Seam, encoder: TemplateWriter, decoder: TemplateWriter, value: fx.Node, placeholder: fx.Node
-) -> None:
-    codec, val = _codec_of(value), value.meta["val"]
+class _Writer:
+    """Writes encoders into the forward graph and decoders into the backward graph."""
+
+    def __init__(self, seam: Seam, decompositions: dict[Any, Any]) -> None:
+        self.seam = seam
+        self._encoder = TemplateWriter(seam.forward.graph, decompositions)
+        self._decoder = TemplateWriter(seam.backward.graph, decompositions)
+
+    def store(self, codec: Codec, value: fx.Node, placeholder: fx.Node, what: str = "part") -> None:
+        """Save ``value`` encoded, and hand it decoded to all who read it."""
+        parts = self._encode(codec, value, what)
+        decoded = self._decode(codec, value, self._mark(parts, self.seam.replace(value, placeholder, parts)))
+        placeholder.replace_all_uses_with(decoded)
+        self.seam.backward.graph.erase_node(placeholder)
+
+    def store_beside(self, codec: Codec, value: fx.Node, placeholder: fx.Node, readers: ReaderGroups) -> None:
+        """Save ``value`` encoded as well, for those of its readers that are static."""
+        parts = self._encode(codec, value, STATIC_STORED)
+        decoded = self._decode(codec, value, self._mark(parts, self.seam.insert(value, placeholder, parts)))
+        part_readers(readers, placeholder, decoded)
+
+    def _encode(self, codec: Codec, value: fx.Node, what: str) -> list[fx.Node]:
+        encode, _ = _functions(codec, value)
+        key = ("encode", codec, dense_order(value.meta["val"]))
+        parts = self._encoder.write(encode, [value], key=key, before=value.next)
+        for index, part in enumerate(parts):
+            part.meta[ENCODED] = (value.name, what, index)
+        return parts
+
+    @staticmethod
+    def _mark(parts: Sequence[fx.Node], stored: list[fx.Node]) -> list[fx.Node]:
+        for here, there in zip(parts, stored, strict=True):
+            there.meta[ENCODED] = here.meta[ENCODED]
+        return stored
+
+    def _decode(self, codec: Codec, value: fx.Node, stored: Sequence[fx.Node]) -> fx.Node:
+        _, decode = _functions(codec, value)
+        val = value.meta["val"]
+        key = ("decode", codec, dense_order(val), val.dtype, _inner(val))
+        first = next(n for n in self.seam.backward.graph.nodes if n.op != "placeholder")
+        (decoded,) = self._decoder.write(decode, stored, key=key, before=first)
+        return decoded
+
+
+def _inner(val: Tensor) -> int:
+    """The size of the dimension that is innermost in memory."""
     order = dense_order(val)
-    assert codec is not None and order is not None, f"the planner gave {value} a codec that cannot hold it"
-    inner = int(val.shape[order[-1]]) if order else 1
+    return int(val.shape[order[-1]]) if order else 1
+
+
+def _functions(codec: Codec, value: fx.Node) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
+    """What encodes ``value``, in the order of its memory, and what gives it back from the parts."""
+    val = value.meta["val"]
+    order = dense_order(val)
+    assert order is not None, f"the planner gave {value} a codec that cannot hold it"
+    inner = _inner(val)
     back = tuple(order.index(d) for d in range(len(order)))
     as_it_is = order == back == tuple(range(len(order)))
 
@@ -63,14 +148,4 @@ def _insert_codec(
         decoded = codec.decode(parts, val.dtype, inner)
         return decoded if as_it_is else decoded.permute(back)
 
-    key = (codec, order)
-    parts = encoder.write(encode, [value], key=("encode", key), before=value.next)
-    for index, part in enumerate(parts):
-        part.meta[ENCODED] = (value.name, index)
-    stored = seam.replace(value, placeholder, parts)
-    for here, there in zip(parts, stored, strict=True):
-        there.meta[ENCODED] = here.meta[ENCODED]
-    first = next(n for n in seam.backward.graph.nodes if n.op != "placeholder")
-    (decoded,) = decoder.write(decode, stored, key=("decode", key, val.dtype, inner), before=first)
-    placeholder.replace_all_uses_with(decoded)
-    seam.backward.graph.erase_node(placeholder)
+    return encode, decode

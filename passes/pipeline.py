@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph.joint import GateLayout, JointGraph, read_joint
+from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph, read_joint
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
 from slimfit_fx.passes.find_cones import ConePlan, find_cones
@@ -96,7 +96,7 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         # the pair must exist before anything can be inserted on both of its sides
         Pass("split_joint", "split", _split, needed=True),
         # before gates: a cone then takes the small encoded parts, and decodes inside its branch
-        Pass("insert_codecs", "compressed", lambda w: insert_codecs(w.pair(), decompositions=settings.decompositions)),
+        Pass("insert_codecs", "compressed", lambda w: _encode(w, settings)),
         # on the final set of backward nodes
         Pass("insert_gates", "gated", lambda w: _gate(w, settings)),
         # every earlier pass may place nodes where it is convenient
@@ -235,13 +235,21 @@ def _split(work: Work) -> int:
     return len(work.seam.saved())
 
 
+def _encode(work: Work, settings: Settings) -> int:
+    return insert_codecs(work.pair(), _gates_of_outputs(work), decompositions=settings.decompositions)
+
+
+def _gates_of_outputs(work: Work) -> list[int]:
+    """Of each output of the backward graph the gate, or STATIC."""
+    known = [gate if gate in work.joint.gates else STATIC for gate in work.joint.grads]
+    outputs = work.pair().backward.graph.output_node().args[0]
+    return known + [STATIC] * (len(outputs) - len(known))  # type: ignore[arg-type]
+
+
 def _gate(work: Work, settings: Settings) -> int:
     seam = work.pair()
     forward_inputs = {n.name: n for n in seam.forward.graph.find_nodes(op="placeholder")}
     gates = {gate: forward_inputs[node.name] for gate, node in work.joint.gates.items()}
-    grads = [g if g in gates else -1 for g in work.joint.grads]
     saved = [p for _, p in seam.saved()]
-    outputs = list(seam.backward.graph.output_node().args[0])  # type: ignore[arg-type]
-    grads += [-1] * (len(outputs) - len(grads))
-    work.cones = find_cones(seam.backward.graph, grads, saved, min_bytes=settings.min_bytes)
+    work.cones = find_cones(seam.backward.graph, _gates_of_outputs(work), saved, min_bytes=settings.min_bytes)
     return insert_gates(seam, work.cones, gates, debug=settings.debug)

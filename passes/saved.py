@@ -55,8 +55,15 @@ class Seam:
         They stand before ``placeholder``, which is still there: the caller replaces its uses and erases it.
         """
         outputs = self._forward_outputs()
-        index = next(i for i, n in enumerate(outputs) if n is value and i >= self.num_fwd_outputs)
+        index = self._place_of(value)
         self._set_outputs(outputs[:index] + list(new) + outputs[index + 1 :])
+        return [self._add_placeholder(node, placeholder) for node in new]
+
+    def insert(self, value: fx.Node, placeholder: fx.Node, new: Sequence[fx.Node]) -> list[fx.Node]:
+        """Save the forward nodes ``new`` ahead of ``value``, which stays; returns their placeholders."""
+        outputs = self._forward_outputs()
+        index = self._place_of(value)
+        self._set_outputs(outputs[:index] + list(new) + outputs[index:])
         return [self._add_placeholder(node, placeholder) for node in new]
 
     def prepend(self, values: Sequence[fx.Node]) -> list[fx.Node]:
@@ -68,6 +75,10 @@ class Seam:
         first = self._first_tensor_placeholder()
         self._set_outputs(outputs[:at] + list(values) + outputs[at:])
         return [self._add_placeholder(node, first) for node in values]
+
+    def _place_of(self, value: fx.Node) -> int:
+        """Where ``value`` is returned as one of the saved values."""
+        return next(i for i, n in enumerate(self._forward_outputs()) if n is value and i >= self.num_fwd_outputs)
 
     def _first_tensor_placeholder(self) -> fx.Node:
         placeholders = self.backward.graph.find_nodes(op="placeholder")

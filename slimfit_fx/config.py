@@ -16,6 +16,7 @@ from slimfit_fx.presets import (
     DISTANCE_SAMPLE,
     DISTANCE_SAMPLES,
     FALLBACK,
+    PARTS,
     PRESETS,
     RECOMPUTE,
     CodecTable,
@@ -114,8 +115,13 @@ class Config:
 
     @property
     def codec_table(self) -> dict[str, str | None]:
-        """The preset's table with ``codecs`` laid over it, before ``max_gradient_error``."""
-        return {**PRESETS[self.preset], **(self.codecs or {})}
+        """The preset's table with ``codecs`` laid over it, before ``max_gradient_error``.
+
+        A line for a kind is for all of it: what the preset says of the parts of that kind no longer holds.
+        """
+        mine = self.codecs or {}
+        replaced = {part for kind in mine for part in PARTS.get(kind, ())}
+        return {**{kind: codec for kind, codec in PRESETS[self.preset].items() if kind not in replaced}, **mine}
 
     @property
     def codec_map(self) -> dict[str, str | None]:
@@ -179,6 +185,8 @@ class Config:
         changed = {kind: name for kind, name in wanted.items() if name != asked[kind]}
         without = resolve({**self.codec_table, **changed})  # a general kind that changed takes others with it
         held = {kind: name for kind, name in wanted.items() if name != without[kind]}
+        parts = {part for kind in held.keys() - changed.keys() for part in PARTS.get(kind, ())}
+        held |= {part: asked[part] for part in parts if asked[part] != held.get(part, held[part.rpartition("_")[0]])}
         return replace(self, codecs={**(self.codecs or {}), **changed, **held} or None)
 
     def fingerprint(self) -> str:

@@ -24,33 +24,46 @@ FALLBACK: dict[str, str | None] = {
     "float": None,  # any saved floating-point value
     "mask": None,  # a saved boolean value
     "gelu_input": "float",
+    "gelu_input_static": "gelu_input",  # what the gradient of all that lies before reads of it, whatever is frozen
+    "gelu_input_units": "gelu_input",  # what gradients of units read of it
     "attention_qkv": "float",
     "attention_probs": "float",
     "normalised": "float",  # the normalised input of a LayerNorm or RMSNorm
-    "normalised_closed": "normalised",  # the same, read only for the input gradient of a norm whose own gate is closed
+    "normalised_static": "normalised",
+    "normalised_units": "normalised",
     "linear_input": "float",
 }
 """Every kind that a codec can be chosen for, and the more general kind whose codec it takes if it has none."""
+
+PARTS = {kind: (f"{kind}_static", f"{kind}_units") for kind in ("gelu_input", "normalised")}
+"""Kinds whose values may be stored twice: for those who read them whatever is frozen, and for units, which is kept only
+while one of these trains. They are if the two parts have different codecs and few enough units read a value."""
 
 PRESETS: dict[str, CodecTable] = {
     # No value changes by one bit.
     "exact": {"mask": "bits"},
     # The SlimFit authors' formats (arXiv 2305.18513 and its code): fixed point with no scale per tensor. Their top-k
-    # pruning is for norms that are frozen; whatever else reads the normalised input (the norm's own weight gradient, a
-    # recomputed output) must have it whole, so it stands under "normalised_closed" only.
+    # pruning is for norms that are frozen: what reads the normalised input for a unit that trains (the norm's own
+    # weight, a layer behind it) has it whole, and only then is it stored whole.
     "paper": {
         "mask": "bits",
         "gelu_input": "fixed_gelu4",
         "attention_qkv": "fixed_int8",
         "attention_probs": "fixed_uint8",
-        "normalised_closed": "topk",
+        "normalised_static": "topk",
         "linear_input": "fixed_int8",
     },
     # Eight bits with a scale per group.
     "balanced": {"mask": "bits", "float": "int8"},
-    # Four bits; eight where they are read as weights (probabilities). What each line adds to the error of the gradient
-    # is in planning/sensitivity.json.
-    "max": {"mask": "bits", "float": "int4", "attention_probs": "int8"},
+    # Four bits; eight where they are read as weights (probabilities), and for the gradients of units that train, if
+    # that is for the few: what each line adds to the error of the gradient is in planning/sensitivity.json.
+    "max": {
+        "mask": "bits",
+        "float": "int4",
+        "attention_probs": "int8",
+        "gelu_input_units": "int8",
+        "normalised_units": "int8",
+    },
 }
 LOSSLESS_PRESETS = frozenset({"exact"})
 
@@ -70,6 +83,22 @@ def resolve(table: CodecTable) -> dict[str, str | None]:
         return table.get(at)
 
     return {kind: look_up(kind) for kind in FALLBACK}
+
+
+def told_apart(codecs: Mapping[str, str | None]) -> dict[str, str | None]:
+    """``codecs`` without the parts that are stored as their kind is."""
+    parts = {part: kind for kind, both in PARTS.items() for part in both}
+    return {kind: codec for kind, codec in codecs.items() if kind not in parts or codec != codecs.get(parts[kind])}
+
+
+def in_parts(codecs: Mapping[str, str | None]) -> dict[str, str | None]:
+    """``codecs`` where every value of two parts has them: the kind is then its part for units."""
+    found = dict(told_apart(codecs))
+    for kind, (static, units) in PARTS.items():
+        if codecs[static] != codecs[units]:
+            found |= {kind: codecs[units], static: codecs[static]}
+        found.pop(units, None)
+    return found
 
 
 def find_changes(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -618,8 +618,15 @@ def scenario(name: str, folder: pathlib.Path) -> Any:
     return globals()[name]()
 
 
+START = "spawn" if torch.backends.cuda.is_built() else "fork"
+"""Autograd of a build with CUDA starts threads, behind which no process can be forked."""
+
+
 def work(rank: int, ranks: int, folder: pathlib.Path, names: list[str]) -> None:
     """One rank of a job."""
+    if START == "spawn" and not dist.is_torchelastic_launched():
+        torch.set_num_threads(1)
+        prepare(with_digits="digits" in " ".join(names))
     mine = folder / str(ranks)
     mine.mkdir(exist_ok=True)
     if dist.is_torchelastic_launched():
@@ -650,14 +657,15 @@ def prepare(*, with_digits: bool) -> None:
 
 
 def main(folder: pathlib.Path, jobs: list[str]) -> None:
-    prepare(with_digits="digits" in " ".join(jobs))
+    if START == "fork" or dist.is_torchelastic_launched():
+        prepare(with_digits="digits" in " ".join(jobs))
     for job in jobs:
         ranks, _, names = job.partition(":")
         settings = (int(ranks), folder, names.split(","))
         if dist.is_torchelastic_launched():
             work(int(os.environ["RANK"]), *settings)
             continue
-        torch.multiprocessing.start_processes(work, settings, int(ranks), start_method="fork")
+        torch.multiprocessing.start_processes(work, settings, int(ranks), start_method=START)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def test_paper_has_the_authors_formats():
         "attention_qkv": "fixed_int8",
         "attention_probs": "fixed_uint8",
         "normalised": None,
-        "normalised_closed": "topk",
+        "normalised_static": "topk",
+        "normalised_units": None,
+        "gelu_input_static": "fixed_gelu4",
+        "gelu_input_units": "fixed_gelu4",
         "linear_input": "fixed_int8",
     }
 
@@ -59,7 +62,7 @@ def test_paper_has_the_authors_formats():
 @pytest.mark.parametrize(("preset", "floats"), [("balanced", "int8"), ("max", "int4")])
 def test_specific_kinds_fall_back_to_float_but_masks_do_not(preset, floats):
     config = Config(preset=preset)
-    for kind in ("float", "gelu_input", "normalised", "normalised_closed", "linear_input"):
+    for kind in ("float", "gelu_input", "normalised", "normalised_static", "linear_input"):
         assert codec_name(config, kind) == floats
     assert codec_name(config, "attention_qkv") == floats
     assert codec_name(config, "attention_probs") == "int8"
@@ -74,7 +77,7 @@ def test_exact_kind_is_never_encoded():
 def test_codecs_lie_over_the_preset():
     config = Config(codecs={"gelu_input": "int4", "normalised": None})
     assert codec_name(config, "gelu_input") == "int4"
-    assert codec_name(config, "normalised") is codec_name(config, "normalised_closed") is None
+    assert codec_name(config, "normalised") is codec_name(config, "normalised_static") is None
     assert codec_name(config, "linear_input") == "int8"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from graphs import ATEN, Bench, Chain, Sketch, chain_input, names, run_pair, stopped_after, texts, unequal
@@ -12,7 +14,8 @@ from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.codecs import Codec, codec_names, get_codec
 from slimfit_fx.graph import ops
-from slimfit_fx.passes.insert_codecs import ENCODED, insert_codecs
+from slimfit_fx.graph.joint import STATIC
+from slimfit_fx.passes.insert_codecs import ENCODED, STATIC_STORED, insert_codecs
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.planning.planner import Decision
@@ -41,8 +44,8 @@ def crossing(codec: Codec | None, *permutation: int) -> Seam:
     return Seam(forward.returns(user, value), backward.returns(*results), 1)
 
 
-def insert(seam: Seam) -> int:
-    return insert_codecs(seam, decompositions=select_decomp_table())
+def insert(seam: Seam, gates: Sequence[int] = ()) -> int:
+    return insert_codecs(seam, gates or (STATIC, STATIC), decompositions=select_decomp_table())
 
 
 def saved(seam: Seam) -> list[fx.Node]:
@@ -56,9 +59,9 @@ def test_a_value_crosses_in_its_encoded_parts():
     seam = crossing(get_codec("int8"))
     assert insert(seam) == 1
     codes, scales = saved(seam)
-    assert [v.meta[ENCODED] for v in (codes, scales)] == [("mul_tensor", 0), ("mul_tensor", 1)]
+    assert [v.meta[ENCODED] for v in (codes, scales)] == [("mul_tensor", "part", 0), ("mul_tensor", "part", 1)]
     assert (codes.meta["val"].dtype, codes.meta["val"].shape) == (torch.int8, (16, 32))
-    assert [p.meta[ENCODED] for _, p in seam.saved()] == [("mul_tensor", 0), ("mul_tensor", 1)]
+    assert [p.meta[ENCODED] for _, p in seam.saved()] == [("mul_tensor", "part", 0), ("mul_tensor", "part", 1)]
     assert "mul_tensor" not in names(seam.backward.graph.find_nodes(op="placeholder"))
 
 
@@ -96,6 +99,74 @@ def test_a_permuted_value_comes_back_in_its_own_strides(permutation):
     assert decoded.meta["val"].stride() == val.stride() == exact.stride()
     assert product.shape == exact.shape
     within_bound(get_codec("int8"), 2.0 * x, product.permute([permutation.index(d) for d in range(x.dim())]))
+
+
+# ---- static parts
+
+
+def norm_like(gates_of_upstream: Sequence[int], *, dynamic: bool = True, again: bool = False) -> tuple[Seam, list[int]]:
+    """forward: v = 2 * x. backward: g * v for all that lies before, and v itself for the gradient of unit 0.
+
+    Before it lie parameters with these gates. ``again``: v is also read for what always trains.
+    """
+    forward, backward = Sketch(), Sketch()
+    backward.mode = forward.mode
+    value = forward.call(ATEN.mul.Tensor, forward.input("x", 16, 32), 2.0)
+    value.meta[DECISION] = Decision("normalised", None, "because", parts=(get_codec("topk"), None))
+    seen, g = backward.graph.placeholder(value.name), backward.graph.placeholder("tangents_1")
+    seen.meta["val"] = g.meta["val"] = value.meta["val"]
+    onward = backward.call(ATEN.mul.Tensor, g, seen)
+    results = [backward.call(ATEN.mul.Tensor, onward, float(k)) for k, _ in enumerate(gates_of_upstream)]
+    if dynamic:
+        results.append(backward.call(ATEN.mul.Tensor, seen, g))
+    if again:
+        results.append(backward.call(ATEN.neg.default, seen))
+    gates = [*gates_of_upstream, *[0] * dynamic, *[STATIC] * again]
+    return Seam(forward.returns(forward.call(ATEN.sum.default, value), value), backward.returns(*results), 1), gates
+
+
+def test_what_runs_whatever_is_frozen_reads_the_static_part_and_units_the_whole():
+    seam, gates = norm_like([STATIC, 1, 2])
+    assert insert(seam, gates) == 1
+    values, places, whole = saved(seam)
+    assert [v.meta[ENCODED][1:] for v in (values, places)] == [(STATIC_STORED, 0), (STATIC_STORED, 1)]
+    assert ENCODED not in whole.meta
+    x = torch.randn(16, 32)
+    _, *stored = seam.forward(x)
+    *before, own = seam.backward(*stored, torch.ones(16, 32))
+    assert torch.equal(own, 2 * x)
+    few = get_codec("topk").decode(get_codec("topk").encode(2 * x), torch.float32, 32)
+    assert all(torch.equal(found, few * k) for k, found in enumerate(before)) and not torch.equal(few, 2 * x)
+    assert insert(seam, gates) == 0, "once"
+
+
+def test_many_gates_are_as_good_as_static():
+    """More of them than may share a branch: what they read is there whatever is frozen."""
+    seam, gates = norm_like([1, 2, 3, 4, 5])
+    assert insert(seam, gates) == 1 and len(saved(seam)) == 3
+
+
+def test_a_value_without_other_readers_is_stored_by_its_static_codec_only():
+    seam, gates = norm_like([STATIC, 1], dynamic=False)
+    assert insert(seam, gates) == 1
+    assert [v.meta[ENCODED][1] for v in saved(seam)] == [STATIC_STORED] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (([STATIC],), "mul_tensor_1 for what always trains"),  # the gradient of one parameter: maybe the norm's own
+        (([STATIC, 1], True, True), "neg_default for what always trains"),
+        (([1, 2],), "only for units that may be frozen"),
+    ],
+)
+def test_a_value_that_must_be_whole_stays_whole_and_the_plan_says_why(arguments, reason):
+    given, *flags = arguments
+    seam, gates = norm_like(given, **dict(zip(("dynamic", "again"), flags, strict=False)))
+    before = [str(seam.forward.graph), str(seam.backward.graph)]
+    assert insert(seam, gates) == 0
+    assert [str(seam.forward.graph), str(seam.backward.graph)] == before
+    assert reason in saved(seam)[0].meta[DECISION].reason
 
 
 # ---- it leaves alone
@@ -175,7 +246,7 @@ def test_two_views_of_one_storage_are_stored_once():
     expected = run_pair(bench.work.pair())
     assert bench.run("insert_codecs") > 0
     stored = [v.meta[ENCODED] for v in saved(bench.work.pair()) if ENCODED in v.meta]
-    assert stored.count((hidden.name, 0)) == 1 and len(set(stored)) == len(stored)
+    assert stored.count((hidden.name, "part", 0)) == 1 and len(set(stored)) == len(stored)
     assert not any(v.meta["val"].numel() == 24 * 8 and ENCODED not in v.meta for v in saved(bench.work.pair()))
     outputs, grads = run_pair(bench.work.pair())
     assert unequal(expected[0], outputs) == [] and cosine(dict(enumerate(expected[1])), dict(enumerate(grads))) > 0.999

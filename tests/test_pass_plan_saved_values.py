@@ -275,3 +275,34 @@ def test_the_numbers_do_not_depend_on_the_plan():
     ((outputs, grads), saved), ((others, expected), more) = gradients(planned=True), gradients(planned=False)
     assert unequal(others, outputs) == [] and unequal(expected, grads) == []
     assert saved < more
+
+
+# ---- values in two parts
+
+
+def parts_of(preset: str, freeze_rate: float) -> set[tuple[str, str | None, str | None]]:
+    """(kind, codec, what is stored beside) of the rows of kinds that have parts, for two blocks."""
+    torch._dynamo.reset()
+    settings = {"preset": preset, "freeze_rate": freeze_rate, "scheduler": "random", "min_bytes": 0}
+    model, session = optimized(Tiny(depth=2), **settings)
+    model(*tokens()).backward()
+    rows = session.plan.rows
+    assert all(r.bytes_closed < r.bytes_open and r.gates and r.decision == "codec+gate" for r in rows if r.beside)
+    return {(r.kind, r.codec, r.beside) for r in rows if r.kind.startswith(("normalised", "gelu_input"))}
+
+
+def test_few_units_pay_for_a_part_of_their_own():
+    assert ("gelu_input_static", "int4", "int8") in parts_of("max", 0.9)
+    assert {("normalised_static", "topk", "whole"), ("gelu_input", "fixed_gelu4", None)} <= parts_of("paper", 0.9)
+
+
+@pytest.mark.parametrize(("preset", "codec"), [("max", "int4"), ("paper", "fixed_gelu4")])
+def test_where_most_units_train_a_value_has_one_form(preset, codec):
+    """A second one would be there in nearly every step."""
+    found = parts_of(preset, 0.1)
+    assert ("gelu_input", codec, None) in found and not any(beside for _, _, beside in found)
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_a_preset_of_one_form_has_no_parts(preset):
+    assert not any(kind.endswith("_static") for kind, _, _ in parts_of(preset, 0.9))

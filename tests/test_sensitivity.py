@@ -25,10 +25,11 @@ from slimfit_fx.planning.sensitivity import (
     known,
     make_milder,
     maps_between,
+    measured_as,
 )
-from slimfit_fx.presets import FALLBACK, PRESETS, resolve
+from slimfit_fx.presets import FALLBACK, PARTS, PRESETS, in_parts, resolve, told_apart
 
-TOLD_APART = [kind for kind in FALLBACK if kind not in ("mask", "normalised_closed")]
+TOLD_APART = [kind for kind in FALLBACK if kind != "mask"]
 TABLE = Table(
     (
         Measured("text", "float", "int8", 0.03, 100, 25),
@@ -48,7 +49,7 @@ def packaged() -> dict:
 
 
 def test_every_kind_is_measured_under_all_that_the_presets_give_it():
-    assert set(known().kinds) == set(TOLD_APART)
+    assert set(known().kinds) == {measured_as(kind) for kind in TOLD_APART}
     for preset in PRESETS:
         error = Config(preset=preset).expected_gradient_error
         assert error is not None and (error == 0) == (preset == "exact")
@@ -78,14 +79,17 @@ def test_fewer_bits_cost_more():
 @pytest.mark.parametrize("task", ["text", "image"])
 @pytest.mark.parametrize("preset", ["balanced", "max", "paper"])
 def test_the_root_of_the_sum_of_squares_is_what_kinds_come_to_together(task, preset):
-    """Two kinds hold the same on these tasks, before and behind a norm, and only one of them is stored."""
+    """Two kinds hold the same on these tasks, before and behind a norm, and only one of them is stored.
+
+    Presets that store values in two parts come less near: by the parts, and ``max`` by what is of no other kind.
+    """
     rows = {(r.kind, r.codec): r for r in known().rows if r.task == task and r.recompute_price == 1}
     usual = {kind for kind, _ in rows} - {"float"}
     assert {"gelu_input", "attention_qkv", "normalised"} <= usual
-    codecs = resolve(PRESETS[preset])
-    expected = combine(rows[kind, codec].gradient_error for kind in usual if (codec := codecs[kind]))
+    codecs = in_parts(resolve(PRESETS[preset]))
+    expected = combine(rows[kind, codec].gradient_error for kind in usual if (codec := codecs.get(kind)))
     together = {(row["task"], row["name"]): row["gradient_error"] for row in packaged()["together"]}
-    assert together[task, preset] == pytest.approx(expected, rel=0.05)
+    assert together[task, preset] == pytest.approx(expected, rel=0.05 if preset == "balanced" else 0.1)
 
 
 # ---- arithmetic
@@ -142,13 +146,15 @@ def codec_maps(draw: st.DrawFn) -> dict[str, str | None]:
 )
 def test_the_bound_holds_no_kind_gets_lossier_and_without_it_nothing_changes(preset, codecs, bound):
     free, bounded = Config(preset=preset, codecs=codecs), Config(preset=preset, codecs=codecs, max_gradient_error=bound)
-    assert free.codec_map == resolve({**PRESETS[preset], **codecs})
+    mine = {part for kind in codecs for part in PARTS.get(kind, ())}
+    assert free.codec_map == resolve({k: c for k, c in PRESETS[preset].items() if k not in mine} | codecs)
     assert all(free.why_milder(kind) is None for kind in FALLBACK)
     assert bounded.expected_gradient_error <= bound
     table = known()
     for kind in TOLD_APART:
         before, after = free.codec_map[kind], bounded.codec_map[kind]
-        assert table.error_of(kind, after) <= table.error_of(kind, before)
+        if kind in told_apart(free.codec_map):  # if not it goes with its kind
+            assert table.error_of(kind, after) <= table.error_of(kind, before)
         why = bounded.why_milder(kind)
         assert why == (
             None if after == before else f"{after or 'kept'} instead of {before}: max_gradient_error {bound:g}"

@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -21,6 +21,7 @@ from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
+from slimfit_fx.presets import PARTS
 
 MAX_GATES_PER_CONE = 4
 """A value that serves more gates than this is hardly ever unneeded: it is kept like a static one."""
@@ -36,6 +37,11 @@ but not for the sake of one number per row, such as the variance that a norm's b
 _BLOCKS_DISCOUNT = 1e-3
 """What running a cheap operator again costs where whole blocks are computed again, against its usual price."""
 
+_FEW = 0.5
+"""The chance that a unit trains which reads a value, up to which the value is stored for units as well."""
+_PREFER_PARTS = 0.95
+"""What a value with two parts costs against its bytes: what stands before a norm would take as many, with one part."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -44,6 +50,9 @@ class Decision:
     kind: str
     codec: Codec | None
     reason: str
+    parts: tuple[Codec, Codec | None] | None = None
+    """Codecs, if it is stored twice: for who reads it whatever is frozen, and for units, while one of them trains.
+    ``codec`` holds if its readers do not allow that."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,18 @@ class Planner:
         return self._with_codec(node, kind)
 
     def _with_codec(self, node: fx.Node, kind: str) -> Decision:
+        usual = self._with_codec_of(node, kind)
+        static, units = (self.codec_for(part) for part in PARTS.get(kind, (kind, kind)))
+        if static == units:
+            return usual
+        static, units = (self._with_codec_of(node, part).codec for part in PARTS[kind])
+        if static is None:
+            return usual
+        chance, whole = self._chance_beside(node), self._size_under(usual.codec, node)
+        both = self._size_under(static, node) + chance * self._size_under(units, node)
+        return replace(usual, parts=(static, units)) if chance <= _FEW or both < whole else usual
+
+    def _with_codec_of(self, node: fx.Node, kind: str) -> Decision:
         codec, milder = self.codec_for(kind), self.why_milder(kind)
         if codec is None:
             return Decision(kind, None, f"{kind}: {milder}" if milder else f"the preset keeps values of kind {kind}")
@@ -248,12 +269,34 @@ class Planner:
         decision = self.decide(node)
         if decision.kind in ("input", "output"):
             return 1.0
-        size = float(nbytes(node))
-        if decision.codec is not None:
-            spec = value_spec(node.meta["val"])
-            assert spec is not None
-            size = float(hint(decision.codec.encoded_bytes(spec)))
+        size = self._size_under(decision.codec, node)
+        if decision.parts is not None:  # the rest is for units that train, and buys accuracy
+            return _PREFER_PARTS * self._size_under(decision.parts[0], node) + 1.0
         return size * self.chance(node) + 1.0
+
+    def _size_under(self, codec: Codec | None, node: fx.Node) -> float:
+        if codec is None:
+            return float(nbytes(node))
+        spec = value_spec(node.meta["val"])
+        assert spec is not None
+        return float(hint(codec.encoded_bytes(spec)))
+
+    def _chance_beside(self, node: fx.Node) -> float:
+        """The chance that a unit trains that reads ``node``, or what is computed again from it.
+
+        Sums with other values, as at the end of a residual branch, are not looked behind: they are saved themselves.
+        """
+        found, again, stack = set[int](), {node}, [node]
+        while stack:
+            for user in stack.pop().users:
+                found |= effective_gates(self.serves_of(user))
+                if user in again or user in self.backward or not ops.is_cheap(user):
+                    continue
+                others = [i for i in user.all_input_nodes if i not in again and ops.view_base(i).op != "placeholder"]
+                if ops.op_name(user) != "add" or not others:
+                    again.add(user)
+                    stack.append(user)
+        return 1.0 - self.freeze_rate ** len(found)
 
     def chance(self, node: fx.Node) -> float:
         """The chance that backward needs ``node``, through its own readers or through what is recomputed from it."""

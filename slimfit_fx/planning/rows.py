@@ -15,6 +15,8 @@ from slimfit_fx.planning.peak import PeakForecast
 from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.planning.timeline import Timeline
 
+WHOLE = "whole"
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -39,6 +41,8 @@ class PlanRow:
     """Held between forward and backward when a gate is open (or the value is static)."""
     bytes_closed: int
     """Held when all its gates are closed."""
+    beside: str | None = None
+    """How it is stored as well, for its gates: a codec, or ``WHOLE``. What ``codec`` stores is then always held."""
 
 
 @dataclass(frozen=True)
@@ -234,4 +238,7 @@ def _expected_error(rows: Sequence[PlanRow]) -> float | None:
     for row in rows:
         if not row.decision.startswith("recompute"):
             stored[row.kind, row.codec] = stored.get((row.kind, row.codec), 0) + row.bytes_before
+        if row.beside not in (None, WHOLE):
+            units = (row.kind.removesuffix("_static"), row.beside)  # not measured apart: it loses less than all of them
+            stored[units] = stored.get(units, 0) + row.bytes_before
     return expected_of(stored)

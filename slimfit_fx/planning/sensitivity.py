@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from slimfit_fx.presets import PARTS, told_apart
+
 CodecMap = Mapping[str, str | None]
 """Kind of value -> name of its codec, or None: kept as it is."""
 _MILDER: tuple[str | None, ...] = ("int4", "int8", None)
@@ -68,16 +70,21 @@ class Table:
 
     def error_of(self, kind: str, codec: str | None) -> float | None:
         """The largest error of any task; 0 where nothing is lost; None where nobody knows."""
-        if codec is None or kind not in self.kinds or _is_lossless(codec):
+        if codec is None or not self.knows(kind) or _is_lossless(codec):
             return 0.0
-        return self._errors.get((kind, codec))
+        return self._errors.get((measured_as(kind), codec))
+
+    def knows(self, kind: str) -> bool:
+        """Whether ``kind`` was measured, or what it is a part of."""
+        return measured_as(kind) in self.kinds
 
     def codecs_of(self, kind: str) -> tuple[str, ...]:
         """The codecs whose error is known for ``kind``."""
-        return tuple(codec for known, codec in self._errors if known == kind)
+        return tuple(codec for known, codec in self._errors if known == measured_as(kind))
 
     def bytes_of(self, kind: str, codec: str | None) -> float:
         """Bytes that the values of ``kind`` take under ``codec``, all tasks together."""
+        kind = measured_as(kind)
         before = sum(self._largest(task, kind) for task in self.tasks)
         same = [row for row in self.rows if (row.kind, row.codec) == (kind, codec)]
         return before * (sum(r.bytes_after for r in same) / sum(r.bytes_before for r in same) if same else 1.0)
@@ -94,11 +101,17 @@ class Table:
         return max(error * math.sqrt(min(1.0, share / self._share(task, kind))) for task, error in found)
 
     def _share(self, task: str, kind: str) -> float:
-        return self._largest(task, kind) / sum(self._largest(task, each) for each in self.kinds)
+        whole = set(self.kinds) - {part for parts in PARTS.values() for part in parts}
+        return self._largest(task, kind) / sum(self._largest(task, each) for each in whole)
 
     def _largest(self, task: str, kind: str) -> int:
         """The bytes of ``kind`` as they are."""
         return max((r.bytes_before for r in self.rows if (r.task, r.kind) == (task, kind)), default=0)
+
+
+def measured_as(kind: str) -> str:
+    """The kind that was measured for ``kind``: for the part of units all of it, which loses no less."""
+    return next((whole for whole, (_, units) in PARTS.items() if kind == units), kind)
 
 
 def read_table(data: Mapping[str, Any]) -> Table:
@@ -114,7 +127,7 @@ def known() -> Table:
 
 def expected_error(codecs: CodecMap, table: Table | None = None) -> float | None:
     """The relative gradient error to expect of ``codecs``; None if one of them was never measured."""
-    return combine((table or known()).error_of(kind, codec) for kind, codec in codecs.items())
+    return combine((table or known()).error_of(kind, codec) for kind, codec in told_apart(codecs).items())
 
 
 def expected_of(stored: Mapping[tuple[str, str | None], int], table: Table | None = None) -> float | None:
@@ -143,7 +156,7 @@ def combine(errors: Iterable[float | None]) -> float | None:
 
 
 def make_milder(codecs: CodecMap, bound: float, table: Table | None = None) -> dict[str, str | None]:
-    """The codecs of the measured kinds, others than in ``codecs`` where the expected error is beyond ``bound``.
+    """The codecs of the known kinds, others than in ``codecs`` where the expected error is beyond ``bound``.
 
     Step by step the kind changes whose error costs most per byte that it saves. No kind gets a codec that loses more
     than its own, and in the end everything may be kept as it is.
@@ -152,13 +165,14 @@ def make_milder(codecs: CodecMap, bound: float, table: Table | None = None) -> d
         ValueError: the error of one of ``codecs`` was never measured.
     """
     table = table or known()
-    chosen = {kind: codec for kind, codec in codecs.items() if kind in table.kinds}
+    chosen = {kind: codec for kind, codec in told_apart(codecs).items() if table.knows(kind)}
     while (error := expected_error(chosen, table)) is None or error > bound:
         if error is None:
             raise ValueError("; ".join(describe_unmeasured(chosen, table)))
         kind, milder = _dearest(chosen, lambda kind: _next_milder(kind, chosen[kind], table), table)
         chosen[kind] = milder
-    return chosen
+    alike = {part: kind for kind, both in PARTS.items() for part in both if part in codecs and part not in chosen}
+    return chosen | {part: chosen[kind] for part, kind in alike.items() if kind in chosen}
 
 
 def maps_between(lower: CodecMap, upper: CodecMap, table: Table | None = None) -> list[dict[str, str | None]]:
@@ -167,7 +181,8 @@ def maps_between(lower: CodecMap, upper: CodecMap, table: Table | None = None) -
     Each step gives one kind the codec that it has in ``lower``, the one whose error costs most per byte that it saves.
     """
     table, found = table or known(), list[dict[str, str | None]]()
-    chosen = {kind: codec for kind, codec in upper.items() if kind in table.kinds}
+    apart = told_apart(upper).keys() | told_apart(lower).keys()
+    chosen = {kind: codec for kind, codec in upper.items() if table.knows(kind) and kind in apart}
 
     def towards(kind: str) -> str | None:
         return lower[kind] if _loses_less(table, kind, lower[kind], chosen[kind]) else chosen[kind]
@@ -182,7 +197,7 @@ def maps_between(lower: CodecMap, upper: CodecMap, table: Table | None = None) -
 def held_bytes(codecs: CodecMap) -> float:
     """What all values of the measured tasks would take."""
     table = known()
-    return sum(table.bytes_of(kind, codec) for kind, codec in codecs.items() if kind in table.kinds)
+    return sum(table.bytes_of(kind, codec) for kind, codec in told_apart(codecs).items() if kind in table.kinds)
 
 
 def describe_unmeasured(codecs: CodecMap, table: Table | None = None) -> list[str]:
@@ -190,7 +205,7 @@ def describe_unmeasured(codecs: CodecMap, table: Table | None = None) -> list[st
     table = table or known()
     return [
         f"the error of {codec!r} for {kind!r} was never measured: known are {sorted(table.codecs_of(kind))}"
-        for kind, codec in codecs.items()
+        for kind, codec in told_apart(codecs).items()
         if table.error_of(kind, codec) is None
     ]
 

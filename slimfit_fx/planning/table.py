@@ -145,7 +145,7 @@ def fold_rows(rows: Iterable[PlanRow]) -> list[FoldedRow]:
 def _fold_key(row: PlanRow) -> Hashable:
     path = _numbers_out(row.module)[0]
     what = (row.op, row.kind, row.decision, row.codec, row.shape, row.dtype, row.dynamic, len(row.gates), row.reason)
-    return (row.graph, path, *what, row.bytes_before, row.bytes_open, row.bytes_closed)
+    return (row.graph, path, *what, row.beside, row.bytes_before, row.bytes_open, row.bytes_closed)
 
 
 def _numbers_out(path: str) -> tuple[str, tuple[int, ...]]:
@@ -234,12 +234,16 @@ def _line(folded: FoldedRow, several_graphs: bool) -> list[str]:
 def _liveness(row: PlanRow) -> str:
     if not row.dynamic:
         return "static"
+    if row.beside is not None:
+        return f"static, and {len(row.gates)} unit" + "s" * (len(row.gates) != 1)
     return "dynamic" if len(row.gates) <= 1 else f"dynamic ({len(row.gates)} units)"
 
 
 def _decision(row: PlanRow) -> str:
     action, _, gate = row.decision.partition("+")
     action = row.codec if row.codec is not None and action == "codec" else action
+    if row.beside is not None:
+        return f"{action}; {row.beside}, drop when closed"
     return f"{action}, drop when closed" if gate else action
 
 
