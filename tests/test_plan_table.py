@@ -50,6 +50,18 @@ def where(*rows: PlanRow) -> list[str]:
     return [folded.where for folded in fold_rows(rows)]
 
 
+# ---- lines
+
+
+def test_a_value_in_two_parts_says_so_and_the_legend_explains_it():
+    parts = {"kind": "gelu_input_static", "codec": "int4", "beside": "int8", "reason": "gelu_input_static: int4"}
+    shown = format_plan(plan(row(dynamic=True, gates=("a", "b"), decision="codec+gate", **parts)))
+    (line,) = (line for line in shown.splitlines() if "gelu_input_static" in line)
+    assert "static, and 2 units" in line and "int4; int8, drop when closed" in line
+    assert "static, and N units: in two parts" in shown
+    assert "in two parts" not in format_plan(plan(row()))
+
+
 # ---- folding
 
 
@@ -73,6 +85,7 @@ def test_several_values_of_one_module_count():
     "change",
     [
         {"op": "mm"},
+        {"beside": "int8"},
         {"kind": "float"},
         {"decision": "codec+gate"},
         {"codec": "int4"},

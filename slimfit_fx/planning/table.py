@@ -38,6 +38,9 @@ _LEGEND = (
     "(xN): N values whose places in the model differ by numbers only; their bytes are summed. 1 MB = 10^6 bytes.",
     "expected: each unit open with probability 1 - freeze rate.",
 )
+_PARTS_LEGEND = (
+    "static, and N units: in two parts, one for each; that for the units is dropped while none of them trains.",
+)
 _PEAK_LEGEND = (
     "step peak: bytes of the allocator above what is there before the step (parameters, optimizer state, the batch), "
     "read off the compiled code.",
@@ -83,7 +86,8 @@ def format_plan(plan: MemoryPlan, html: bool = False) -> str:
             parts += _timelines(plan, plan.timeline, write)
     elif plan.peak_unknown:
         parts.append(write.lines([f"Step peak: not known: {plan.peak_unknown}"]))
-    legend = _LEGEND + (_PEAK_LEGEND if plan.peak is not None else ())
+    in_parts = any(row.beside is not None for row in plan.rows)
+    legend = _LEGEND + _PARTS_LEGEND * in_parts + (_PEAK_LEGEND if plan.peak is not None else ())
     ends = (_units(plan), _accuracy(plan), _left_alone(plan), plan.notes, legend)
     parts += [write.lines(lines) for lines in ends if lines]
     return "\n\n".join(parts)
