@@ -55,13 +55,12 @@ PRESETS: dict[str, CodecTable] = {
     },
     # Eight bits with a scale per group.
     "balanced": {"mask": "bits", "float": "int8"},
-    # Four bits; eight where they are read as weights (probabilities), and for the gradients of units that train, if
-    # that is for the few: what each line adds to the error of the gradient is in planning/sensitivity.json.
+    # Four bits; eight where they are read as weights (probabilities), and where few units read what a norm normalised,
+    # for these: what each line adds to the error of the gradient is in planning/sensitivity.json.
     "max": {
         "mask": "bits",
         "float": "int4",
         "attention_probs": "int8",
-        "gelu_input_units": "int8",
         "normalised_units": "int8",
     },
 }
