@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench import report
-from slimfit_fx.presets import PARTS
+from slimfit_fx.presets import WHOLE_OF
 
 KINDS = (
     *("gelu_input", "gelu_input_static", "attention_qkv", "attention_probs", "normalised", "normalised_static"),
@@ -162,8 +162,7 @@ def stored_bytes(rows: Sequence[Any], kind: str, codec: str) -> dict[str, int]:
     A static part, which is stored beside the rest, counts for itself.
     """
     chosen = [row for row in rows if row.kind == kind and row.codec == codec]
-    is_part = any(kind in parts for parts in PARTS.values())
-    after = sum(r.bytes_closed if is_part else r.bytes_open for r in chosen)
+    after = sum(r.bytes_closed if kind in WHOLE_OF else r.bytes_open for r in chosen)
     return {"bytes_before": sum(r.bytes_before for r in chosen), "bytes_after": after}
 
 

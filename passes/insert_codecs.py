@@ -37,13 +37,16 @@ ENCODED = "slimfit_encoded"
 STATIC_STORED = "static part"
 
 
-def insert_codecs(seam: Seam, gates: Sequence[int], *, decompositions: dict[Any, Any]) -> int:
+def insert_codecs(
+    seam: Seam, gates: Sequence[int], grads_of: Sequence[str | None], *, decompositions: dict[Any, Any]
+) -> int:
     """Encode every saved value that has a codec. Returns how many were encoded.
 
-    ``gates[j]`` is the gate of the backward graph's output ``j`` or STATIC.
+    ``gates[j]`` is the gate of the backward graph's output ``j`` or STATIC, ``grads_of[j]`` the input of the forward
+    graph that it is the gradient of, if that is known.
     """
     writer = _Writer(seam, decompositions)
-    count = _insert_static_codecs(writer, gates)
+    count = _insert_static_codecs(writer, gates, grads_of)
     for value, placeholder in seam.saved():
         codec = _codec_of(value)
         if codec is not None and ENCODED not in value.meta:
@@ -56,15 +59,17 @@ def insert_codecs(seam: Seam, gates: Sequence[int], *, decompositions: dict[Any,
     return count
 
 
-def _insert_static_codecs(writer: _Writer, gates: Sequence[int]) -> int:
-    saved = writer.seam.saved()
+def _insert_static_codecs(writer: _Writer, gates: Sequence[int], grads_of: Sequence[str | None]) -> int:
+    saved, backward = writer.seam.saved(), writer.seam.backward.graph
     done = {v.meta[ENCODED][0] for v, _ in saved if ENCODED in v.meta}
     todo = [(v, p) for v, p in saved if getattr(v.meta.get(DECISION), "parts", None) and v.name not in done]
-    count = 0
+    if not todo:
+        return 0
+    readers, count = StaticReaders(backward, gates, grads_of), 0
     for value, placeholder in todo:
         decision = value.meta[DECISION]
         static, units = decision.parts
-        found = StaticReaders(writer.seam.backward.graph, gates).find(placeholder)
+        found = readers.find(value, placeholder)
         if isinstance(found, str):
             value.meta[DECISION] = replace(decision, parts=None, reason=f"{decision.reason}; {found}")
             continue
@@ -74,6 +79,7 @@ def _insert_static_codecs(writer: _Writer, gates: Sequence[int]) -> int:
         else:
             writer.store(static, value, placeholder, STATIC_STORED)
         count += 1
+    backward.eliminate_dead_code()
     return count
 
 

@@ -236,7 +236,9 @@ def _split(work: Work) -> int:
 
 
 def _encode(work: Work, settings: Settings) -> int:
-    return insert_codecs(work.pair(), _gates_of_outputs(work), decompositions=settings.decompositions)
+    gates = _gates_of_outputs(work)
+    grads_of = work.joint.grads_of + [None] * (len(gates) - len(work.joint.grads_of))
+    return insert_codecs(work.pair(), gates, grads_of, decompositions=settings.decompositions)
 
 
 def _gates_of_outputs(work: Work) -> list[int]:

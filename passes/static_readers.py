@@ -38,28 +38,35 @@ class ReaderGroups:
 class StaticReaders:
     """Looks at the readers of saved values in one backward graph.
 
-    ``gates[j]`` is the gate of its output ``j`` or STATIC.
+    ``gates[j]`` is the gate of its output ``j`` or STATIC, ``grads_of[j]`` the forward input whose gradient it is.
+    Parting readers makes no other readers, so one look at a graph serves for all values.
     """
 
-    def __init__(self, backward: fx.Graph, gates: Sequence[int]) -> None:
+    def __init__(self, backward: fx.Graph, gates: Sequence[int], grads_of: Sequence[str | None]) -> None:
         outputs: Sequence[fx.Node | None] = backward.output_node().args[0]  # type: ignore[assignment]
         grads = [(node, index) for index, node in enumerate(outputs) if node is not None]
-        self._gates, self._reached, self._fed = gates, served_gates(backward, grads), tangent_fed(backward)
+        self._gates, self._grads_of = gates, grads_of
+        self._reached, self._fed = served_gates(backward, grads), tangent_fed(backward)
 
-    def find(self, placeholder: fx.Node) -> ReaderGroups | str:
-        """The two groups, or why the value must be one and the same for both.
+    def find(self, value: fx.Node, placeholder: fx.Node) -> ReaderGroups | str:
+        """The two groups of readers of ``value``, or why it must be one and the same for both.
 
-        Static readers can do with less if what they make is the gradient of all that lies before. The gradient of one
-        parameter, which always trains, must have the value as it is; and what is computed again by more than pointwise
-        operators is another value, of whose error nothing is known.
+        Static readers can do with less if what they make is the gradient of all that ``value`` is made from. What
+        always trains and lies elsewhere (a layer behind it, what a scale is computed from) must have it as it is, and
+        so must the gradient of one parameter; what is computed again by more than pointwise operators is another
+        value, of whose error nothing is known.
         """
         between, readers = self._walk(placeholder)
+        if placeholder.graph.output_node() in readers:
+            return "returned by backward"
         static = [r for r in readers if not self._serves_units(r)]
-        for reader in static:
-            if reader not in self._fed or len(self._reached[reader]) < 2:
-                return f"read by {reader.name} for what always trains"
         if not static:
             return "read only for units that may be frozen"
+        before = _inputs_of(value)
+        for reader in static:
+            reached = self._reached.get(reader, frozenset())
+            if reader not in self._fed or len(reached) < 2 or any(self._grads_of[i] not in before for i in reached):
+                return f"read by {reader.name} for what always trains"
         needed = set(static)
         for node in reversed(between):
             if any(user in needed for user in node.users):
@@ -71,25 +78,33 @@ class StaticReaders:
         return ReaderGroups(tuple(static), tuple(r for r in readers if r not in needed), tuple(between))
 
     def _serves_units(self, node: fx.Node) -> bool:
-        return bool(effective_gates(frozenset(self._gates[index] for index in self._reached[node])))
+        reached = self._reached.get(node, frozenset())
+        return bool(effective_gates(frozenset(self._gates[index] for index in reached)))
 
     def _walk(self, placeholder: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         """What is computed again from the value, and who reads that or the value itself; both in graph order."""
-        graph = placeholder.graph
-        between: dict[fx.Node, None] = {}
-        readers: dict[fx.Node, None] = {}
-        for node in graph.nodes:
+        between, readers = dict[fx.Node, None](), dict[fx.Node, None]()
+        for node in placeholder.graph.nodes:
             if ops.reads_shape_only(node) or not any(i is placeholder or i in between for i in node.all_input_nodes):
                 continue
             again = node not in self._fed and node.op == "call_function" and not ops.is_random(node)
-            (between if again and node.users else readers)[node] = None
-        readers.pop(graph.output_node(), None)
-        returned = [n for n in between if graph.output_node() in n.users]
-        return list(between), [*readers, *returned]
+            (between if again else readers)[node] = None
+        return list(between), list(readers)
+
+
+def _inputs_of(value: fx.Node) -> set[str]:
+    """The names of the inputs of the forward graph that ``value`` is made from."""
+    seen, stack = {value}, [value]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return {node.name for node in seen if node.op == "placeholder"}
 
 
 def part_readers(groups: ReaderGroups, placeholder: fx.Node, decoded: fx.Node) -> None:
-    """Let the static readers see ``decoded``, and those for units ``placeholder`` as before."""
+    """Let the static readers see ``decoded``, and those for units ``placeholder`` as before. May leave dead nodes."""
     inside, copies = set(groups.between), dict[fx.Node, fx.Node]()
 
     def copy(node: fx.Node) -> fx.Node:
@@ -107,4 +122,3 @@ def part_readers(groups: ReaderGroups, placeholder: fx.Node, decoded: fx.Node) -
     for user in list(placeholder.users):
         if user in inside or user in groups.static:
             user.replace_input_with(placeholder, decoded)
-    placeholder.graph.eliminate_dead_code()

@@ -19,6 +19,7 @@ from slimfit_fx.presets import (
     PARTS,
     PRESETS,
     RECOMPUTE,
+    WHOLE_OF,
     CodecTable,
     find_changes,
     resolve,
@@ -186,7 +187,7 @@ class Config:
         without = resolve({**self.codec_table, **changed})  # a general kind that changed takes others with it
         held = {kind: name for kind, name in wanted.items() if name != without[kind]}
         parts = {part for kind in held.keys() - changed.keys() for part in PARTS.get(kind, ())}
-        held |= {part: asked[part] for part in parts if asked[part] != held.get(part, held[part.rpartition("_")[0]])}
+        held |= {part: asked[part] for part in parts if asked[part] != held.get(part, held[WHOLE_OF[part]])}
         return replace(self, codecs={**(self.codecs or {}), **changed, **held} or None)
 
     def fingerprint(self) -> str:

@@ -39,6 +39,9 @@ PARTS = {kind: (f"{kind}_static", f"{kind}_units") for kind in ("gelu_input", "n
 """Kinds whose values may be stored twice: for those who read them whatever is frozen, and for units, which is kept only
 while one of these trains. They are if the two parts have different codecs and few enough units read a value."""
 
+WHOLE_OF = {part: kind for kind, parts in PARTS.items() for part in parts}
+"""The kind that a part is one of."""
+
 PRESETS: dict[str, CodecTable] = {
     # No value changes by one bit.
     "exact": {"mask": "bits"},
@@ -86,18 +89,9 @@ def resolve(table: CodecTable) -> dict[str, str | None]:
 
 def told_apart(codecs: Mapping[str, str | None]) -> dict[str, str | None]:
     """``codecs`` without the parts that are stored as their kind is."""
-    parts = {part: kind for kind, both in PARTS.items() for part in both}
-    return {kind: codec for kind, codec in codecs.items() if kind not in parts or codec != codecs.get(parts[kind])}
-
-
-def in_parts(codecs: Mapping[str, str | None]) -> dict[str, str | None]:
-    """``codecs`` where every value of two parts has them: the kind is then its part for units."""
-    found = dict(told_apart(codecs))
-    for kind, (static, units) in PARTS.items():
-        if codecs[static] != codecs[units]:
-            found |= {kind: codecs[units], static: codecs[static]}
-        found.pop(units, None)
-    return found
+    return {
+        kind: codec for kind, codec in codecs.items() if kind not in WHOLE_OF or codec != codecs.get(WHOLE_OF[kind])
+    }
 
 
 def find_changes(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str | None]:

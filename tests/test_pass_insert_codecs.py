@@ -45,7 +45,10 @@ def crossing(codec: Codec | None, *permutation: int) -> Seam:
 
 
 def insert(seam: Seam, gates: Sequence[int] = ()) -> int:
-    return insert_codecs(seam, gates or (STATIC, STATIC), decompositions=select_decomp_table())
+    """All outputs of ``norm_like`` but those for units are the gradients of what its value is made from."""
+    gates = gates or (STATIC, STATIC)
+    grads_of = ["w" if gate == 0 else "x" for gate in gates]
+    return insert_codecs(seam, gates, grads_of, decompositions=select_decomp_table())
 
 
 def saved(seam: Seam) -> list[fx.Node]:
@@ -120,7 +123,7 @@ def norm_like(gates_of_upstream: Sequence[int], *, dynamic: bool = True, again: 
     if dynamic:
         results.append(backward.call(ATEN.mul.Tensor, seen, g))
     if again:
-        results.append(backward.call(ATEN.neg.default, seen))
+        results.append(backward.call(ATEN.sub.Tensor, seen, g))
     gates = [*gates_of_upstream, *[0] * dynamic, *[STATIC] * again]
     return Seam(forward.returns(forward.call(ATEN.sum.default, value), value), backward.returns(*results), 1), gates
 
@@ -156,7 +159,7 @@ def test_a_value_without_other_readers_is_stored_by_its_static_codec_only():
     ("arguments", "reason"),
     [
         (([STATIC],), "mul_tensor_1 for what always trains"),  # the gradient of one parameter: maybe the norm's own
-        (([STATIC, 1], True, True), "neg_default for what always trains"),
+        (([STATIC, 1], True, True), "sub_tensor for what always trains"),
         (([1, 2],), "only for units that may be frozen"),
     ],
 )

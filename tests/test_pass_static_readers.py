@@ -33,8 +33,18 @@ def placeholder(module: fx.GraphModule) -> fx.Node:
     return module.graph.find_nodes(op="placeholder")[0]
 
 
-def found(module: fx.GraphModule, gates: Sequence[int]) -> ReaderGroups | str:
-    return StaticReaders(module.graph, gates).find(placeholder(module))
+def value_of(*inputs: str) -> fx.Node:
+    """A value of the forward graph, made from these inputs."""
+    s = Sketch()
+    return s.call(ATEN.cat.default, [s.call(ATEN.neg.default, s.input(name, 4, 6)) for name in inputs])
+
+
+def found(
+    module: fx.GraphModule, gates: Sequence[int], grads_of: Sequence[str] = ("before",) * 5 + ("behind",)
+) -> ReaderGroups | str:
+    """``grads_of``: what the outputs are gradients of, the last one's at the end; the value is made from ``before``."""
+    names = (*grads_of[: len(gates) - 1], grads_of[-1])
+    return StaticReaders(module.graph, gates, names).find(value_of("before", "also_before"), placeholder(module))
 
 
 def part(module: fx.GraphModule, groups: ReaderGroups) -> None:
@@ -44,6 +54,7 @@ def part(module: fx.GraphModule, groups: ReaderGroups) -> None:
         other = module.graph.call_function(ATEN.neg.default, (v,))
         other.meta["val"] = v.meta["val"]
     part_readers(groups, v, other)
+    module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
 
@@ -113,6 +124,22 @@ def test_a_value_computed_again_for_what_always_trains():
     """A layer behind the value that no gate can close: its weight's gradient reads it whole."""
     module, gates = backward(shared)
     assert "for what always trains" in found(module, [*gates[:-1], STATIC])
+
+
+def test_a_gradient_of_what_lies_beside_must_have_the_value_as_it_is():
+    """A scale that is computed from other inputs: of several that always train, and none of them lies before."""
+    module, gates = backward(shared)
+    assert isinstance(found(module, gates, ("before", "also_before", "before", "behind")), ReaderGroups)
+    assert "for what always trains" in found(module, gates, ("before", "beside", "before", "behind"))
+
+
+def test_a_value_that_backward_returns_is_one_for_all():
+    s = Sketch()
+    v, g = s.input("v", 4, 6), s.input("tangents_1", 4, 6)
+    onward = s.call(ATEN.mul.Tensor, g, v)
+    results = [s.call(ATEN.mul.Tensor, onward, float(k)) for k in range(2)]
+    module = s.returns(*results, s.call(ATEN.exp.default, v))
+    assert found(module, [STATIC, STATIC, 0]) == "returned by backward"
 
 
 def test_many_gates_are_as_good_as_static():

@@ -27,7 +27,7 @@ from slimfit_fx.planning.sensitivity import (
     maps_between,
     measured_as,
 )
-from slimfit_fx.presets import FALLBACK, PARTS, PRESETS, in_parts, resolve, told_apart
+from slimfit_fx.presets import FALLBACK, PARTS, PRESETS, resolve, told_apart
 
 TOLD_APART = [kind for kind in FALLBACK if kind != "mask"]
 TABLE = Table(
@@ -39,6 +39,16 @@ TABLE = Table(
         Measured("image", "float", "int4", 0.3, 50, 10),
     )
 )
+
+
+def in_parts(codecs: dict[str, str | None]) -> dict[str, str | None]:
+    """``codecs`` where every value of two parts has them: the kind is then its part for units."""
+    found = told_apart(codecs)
+    for kind, (static, units) in PARTS.items():
+        if codecs[static] != codecs[units]:
+            found |= {kind: codecs[units], static: codecs[static]}
+        found.pop(units, None)
+    return found
 
 
 def packaged() -> dict:
@@ -81,7 +91,7 @@ def test_fewer_bits_cost_more():
 def test_the_root_of_the_sum_of_squares_is_what_kinds_come_to_together(task, preset):
     """Two kinds hold the same on these tasks, before and behind a norm, and only one of them is stored.
 
-    Presets that store values in two parts come less near: by the parts, and ``max`` by what is of no other kind.
+    Where ``topk`` is among them (``paper``) errors are not quite independent: on images they come to 6% more.
     """
     rows = {(r.kind, r.codec): r for r in known().rows if r.task == task and r.recompute_price == 1}
     usual = {kind for kind, _ in rows} - {"float"}
@@ -89,7 +99,7 @@ def test_the_root_of_the_sum_of_squares_is_what_kinds_come_to_together(task, pre
     codecs = in_parts(resolve(PRESETS[preset]))
     expected = combine(rows[kind, codec].gradient_error for kind in usual if (codec := codecs.get(kind)))
     together = {(row["task"], row["name"]): row["gradient_error"] for row in packaged()["together"]}
-    assert together[task, preset] == pytest.approx(expected, rel=0.05 if preset == "balanced" else 0.1)
+    assert together[task, preset] == pytest.approx(expected, rel=0.07 if (task, preset) == ("image", "paper") else 0.05)
 
 
 # ---- arithmetic

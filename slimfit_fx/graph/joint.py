@@ -45,7 +45,8 @@ class GateLayout:
 class JointGraph:
     """One traced forward+backward graph.
 
-    ``grads[j]`` is the gate of joint output ``num_fwd_outputs + j``, or STATIC.
+    ``grads[j]`` is the gate of joint output ``num_fwd_outputs + j``, or STATIC; ``grads_of[j]`` names the input that
+    it is the gradient of, if that is known.
     """
 
     module: fx.GraphModule
@@ -53,6 +54,7 @@ class JointGraph:
     layout: GateLayout
     gates: dict[int, fx.Node] = field(default_factory=dict)
     grads: list[int] = field(default_factory=list)
+    grads_of: list[str | None] = field(default_factory=list)
     param_inputs: frozenset[fx.Node] = frozenset()
 
     @property
@@ -81,11 +83,12 @@ def read_joint(
     placeholders = module.graph.find_nodes(op="placeholder")
     statics = set(static_inputs)
     params = {i for group in layout.params for i in group} | statics
-    param_inputs = set()
+    param_inputs, names = set(), dict[int, str]()
     for node in placeholders:
         index = _input_index(node.meta.get("desc"))
         if index is None:
             continue
+        names[index] = node.name
         if index >= layout.num_inputs:
             joint.gates[index - layout.num_inputs] = node
         elif index in params:
@@ -96,6 +99,7 @@ def read_joint(
     for desc in list(descs)[num_fwd_outputs:]:
         index = _input_index(getattr(desc, "grad_of", None))
         joint.grads.append(STATIC if index is None else gate_of_param.get(index, STATIC))
+        joint.grads_of.append(None if index is None else names.get(index))
     return joint
 
 

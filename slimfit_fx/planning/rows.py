@@ -14,6 +14,7 @@ from typing import Any
 from slimfit_fx.planning.peak import PeakForecast
 from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.planning.timeline import Timeline
+from slimfit_fx.presets import WHOLE_OF
 
 WHOLE = "whole"
 
@@ -239,6 +240,6 @@ def _expected_error(rows: Sequence[PlanRow]) -> float | None:
         if not row.decision.startswith("recompute"):
             stored[row.kind, row.codec] = stored.get((row.kind, row.codec), 0) + row.bytes_before
         if row.beside not in (None, WHOLE):
-            units = (row.kind.removesuffix("_static"), row.beside)  # not measured apart: it loses less than all of them
+            units = (WHOLE_OF[row.kind], row.beside)  # not measured apart: it loses less than all of them
             stored[units] = stored.get(units, 0) + row.bytes_before
     return expected_of(stored)

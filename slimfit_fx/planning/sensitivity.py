@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from slimfit_fx.presets import PARTS, told_apart
+from slimfit_fx.presets import PARTS, WHOLE_OF, told_apart
 
 CodecMap = Mapping[str, str | None]
 """Kind of value -> name of its codec, or None: kept as it is."""
@@ -101,8 +101,8 @@ class Table:
         return max(error * math.sqrt(min(1.0, share / self._share(task, kind))) for task, error in found)
 
     def _share(self, task: str, kind: str) -> float:
-        whole = set(self.kinds) - {part for parts in PARTS.values() for part in parts}
-        return self._largest(task, kind) / sum(self._largest(task, each) for each in whole)
+        whole = sum(self._largest(task, each) for each in self.kinds if each not in WHOLE_OF)
+        return self._largest(task, kind) / whole
 
     def _largest(self, task: str, kind: str) -> int:
         """The bytes of ``kind`` as they are."""
@@ -111,7 +111,8 @@ class Table:
 
 def measured_as(kind: str) -> str:
     """The kind that was measured for ``kind``: for the part of units all of it, which loses no less."""
-    return next((whole for whole, (_, units) in PARTS.items() if kind == units), kind)
+    whole = WHOLE_OF.get(kind, kind)
+    return whole if whole != kind and kind == PARTS[whole][1] else kind
 
 
 def read_table(data: Mapping[str, Any]) -> Table:
@@ -171,8 +172,8 @@ def make_milder(codecs: CodecMap, bound: float, table: Table | None = None) -> d
             raise ValueError("; ".join(describe_unmeasured(chosen, table)))
         kind, milder = _dearest(chosen, lambda kind: _next_milder(kind, chosen[kind], table), table)
         chosen[kind] = milder
-    alike = {part: kind for kind, both in PARTS.items() for part in both if part in codecs and part not in chosen}
-    return chosen | {part: chosen[kind] for part, kind in alike.items() if kind in chosen}
+    alike = [part for part in WHOLE_OF if part in codecs and part not in chosen and WHOLE_OF[part] in chosen]
+    return chosen | {part: chosen[WHOLE_OF[part]] for part in alike}
 
 
 def maps_between(lower: CodecMap, upper: CodecMap, table: Table | None = None) -> list[dict[str, str | None]]:
