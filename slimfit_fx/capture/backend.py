@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimfit_fx.capture.captured import CapturedGraph
-from slimfit_fx.capture.lower import add_gate_inputs, lower_with_inductor, lower_with_interpreter
+from slimfit_fx.capture.lower import add_gate_inputs, lower_plain, lower_with_inductor, lower_with_interpreter
 from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp, PlanReady
 from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
@@ -67,13 +67,13 @@ class SlimFitBackend:
         captured.passed_on = frozenset(i for i, v in enumerate(example_inputs) if _is_computed(v))
         self.graphs.append(captured)
         self._say_if_checkpointed(gm)
-        if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
-            captured.layout = None
-            captured.plan = GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0)
-            return self._lower_plain(gm, example_inputs)
         sink: list[GraphPlan] = []
         token = PLAN_SINK.set(sink)
         try:
+            if not torch.is_grad_enabled() or not _trains_anything(gm, example_inputs):
+                captured.layout = None
+                sink.append(GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0))
+                return gm.forward if self.plan_only else lower_plain(gm, example_inputs, self.executor)
             config, check = self.config, _no_check
             if self.under is not None:
                 config = self._under_budget(self.under, gm, example_inputs, layout, captured)
@@ -182,13 +182,6 @@ class SlimFitBackend:
         if self.plan_only:
             raise PlanReady
         return config
-
-    def _lower_plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if self.executor != "inductor" or self.plan_only:
-            return gm.forward
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
 
 
 def gate_layout(example_inputs: Sequence[Any], gates: GateTable) -> tuple[GateLayout, tuple[str, ...]]:

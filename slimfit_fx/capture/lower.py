@@ -198,6 +198,25 @@ def lower_with_interpreter(
         return backend(gm, list(inputs))
 
 
+def lower_plain(gm: fx.GraphModule, inputs: Sequence[Any], executor: str) -> Compiled:
+    """Run a graph without gradients as ``torch.compile`` would, with the decompositions that all other graphs get.
+
+    Layer norm, say, is not the same to the last bit with and without them.
+    """
+    if executor == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(inputs))  # type: ignore[return-value]
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Compiled:
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, list(inputs))
+
+
 def use_native_casts(module: fx.GraphModule) -> int:
     """Replace casts by the operator of torch that does the same; Inductor's decompositions brought them.
 
