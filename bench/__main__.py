@@ -15,6 +15,7 @@ COMMANDS = {
     "smoke": ("bench.smoke", "step peaks and recompiles of a small BERT, with hard bounds"),
     "step-peak": ("bench.memory", "step peak of one model, all presets"),
     "time": ("bench.time", "step time, compile time and recompiles of one model"),
+    "profile": ("bench.profile", "where the time of a step goes"),
     "peak": ("bench.peak", "predicted against measured peaks"),
     "budget": ("bench.budget", "accepted budgets against what steps then take"),
     "lossless": ("bench.lossless", "recompute without loss against activation_memory_budget and checkpointing"),

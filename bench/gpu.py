@@ -3,11 +3,12 @@
 In this order, so that a short loan of a machine tells most:
 
 1. ``headline``: BERT-base on SQuAD's shapes and ViT-B/16 at 384 pixels, batch 128, under caps of 32, 16 and 12 GB;
-2. ``table``: the paper's twelve settings, every rival, TF32 and then bf16: memory and throughput;
-3. ``front``: what the plots need beyond that;
-4. ``compile``: compile times, cold and warm;
-5. ``trainer``: the Hugging Face Trainer with and without us;
-6. ``peak``: predicted against measured peaks.
+2. ``profile``: where a step's time goes when kernels are short, and which operators attention becomes;
+3. ``table``: the paper's twelve settings, every rival, TF32 and then bf16: memory and throughput;
+4. ``front``: what the plots need beyond that;
+5. ``compile``: compile times, cold and warm;
+6. ``trainer``: the Hugging Face Trainer with and without us;
+7. ``peak``: predicted against measured peaks.
 
 Memory does not depend on who else uses the GPU: ``--jobs 8`` finds it out for eight pieces side by side, and leaves
 step times for a later call without ``--jobs``. Each piece has a process of its own and is stored at once
@@ -45,6 +46,18 @@ def headline_tasks(device: str) -> list[Task]:
         for cap in headline.CAPS_GB
         for task in headline.TASKS
     ]
+
+
+def profile_tasks(device: str) -> list[Task]:
+    """A step of BERT with short kernels, and one of a ViT whose tokens divide by nothing."""
+    shapes = (("CoLA", "12", ("eager", "compile", "balanced")), ("ImageNet", "2", ("eager", "compile", "balanced")))
+    return [
+        Task(
+            f"profile, {task}, {layers} layers, {dtype}, {name}", "bench.profile",
+            ("--task", task, "--layers", layers, "--dtype", dtype, "--rival", name, "--device", device), LIMIT_S,
+        )
+        for dtype in DTYPES["cuda"] for task, layers, rivals in shapes for name in rivals
+    ]  # fmt: skip
 
 
 def table_tasks(device: str) -> list[Task]:
@@ -88,6 +101,7 @@ def peak_tasks(device: str) -> list[Task]:
 
 GROUPS: dict[str, Callable[[str], list[Task]]] = {
     "headline": headline_tasks,
+    "profile": profile_tasks,
     "table": table_tasks,
     "front": front_tasks,
     "compile": compile_tasks,
@@ -101,7 +115,8 @@ def stores(device: str) -> dict[str, Store]:
     """Where each group's results go; the front's cells lie with the table's."""
     kind = torch.device(device).type
     own = {
-        name: Store(report.RESULTS / f"gpu-{name}-{kind}.json") for name in ("headline", "compile", "trainer", "peak")
+        name: Store(report.RESULTS / f"gpu-{name}-{kind}.json")
+        for name in ("headline", "profile", "compile", "trainer", "peak")
     }
     table = store_of(device)
     return {**own, "table": table, "front": table}

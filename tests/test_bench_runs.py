@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import budget, plan_big, plan_time, report, schedule, trainer
+from bench import profile as step_profile
 from bench import time as step_time
 from bench.models import make_case
 from bench.rivals import Settings, make_trainee
@@ -193,6 +194,21 @@ def test_models_that_are_done_are_not_measured_again(monkeypatch, results):
     budget.main([*command, "--seed", "1"])
     budget.main([*command, "--again", "--seed", "1"])
     assert len(asked) == 1 + 3 + 3
+
+
+# ---- where the time of a step goes
+
+
+@pytest.mark.parametrize("rival", ["eager", "balanced"])
+def test_a_profile_tells_what_a_step_waits_for(rival):
+    found = step_profile.measure(make_trainee(rival, TINY, Settings(executor="interpreter")), steps=2, warm_up=1)
+    assert list(found.issue_ms) == ["forward", "backward", "update", "wait"]
+    assert min(found.issue_ms.values()) >= 0 and found.step_ms > 0 and found.device_ms is None
+    for lists in (found.longest, found.python):
+        times = [ms for _, ms, _ in lists]
+        assert times == sorted(times, reverse=True) and times[0] > 0 and all(calls > 0 for *_, calls in lists)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in found.attention
+    assert not any("bmm" in name for name in found.attention)
 
 
 # ---- the scheduler
