@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from slimfit_fx.config import Config
 from slimfit_fx.planning.budget import Budget, FixedBytes, budget_bytes, fixed_bytes
 from slimfit_fx.planning.update import UpdateMemory, step_memory
+from slimfit_fx.runtime.moments import pace_of, paced_groups
 from slimfit_fx.runtime.sampled import sampled_bytes
 from slimfit_fx.schedule import Scheduler
 from slimfit_fx.units import GateUnit
@@ -151,9 +152,11 @@ def update_memory(
     trainable = [p for p in model.parameters() if p.requires_grad]
     always = [p for p in trainable if id(p) not in in_units]
     compared = opened if scheduler.needs_distances else []
+    pace = pace_of(scheduler, config.moments)
     return step_memory(
-        list(optimizers) or [AdamW(trainable)], [*always, *opened], compared, config.distance, config.distance_sample
-    )
+        list(optimizers) or [AdamW(trainable)], [*always, *opened], compared, config.distance, config.distance_sample,
+        lambda optimizer: paced_groups(optimizer, in_units, pace),
+    )  # fmt: skip
 
 
 def copied_bytes(param: nn.Parameter, config: Config, scheduler: Scheduler) -> int:

@@ -16,6 +16,8 @@ from slimfit_fx.presets import (
     DISTANCE_SAMPLE,
     DISTANCE_SAMPLES,
     FALLBACK,
+    MOMENTS,
+    MOMENTS_OF,
     PARTS,
     PRESETS,
     RECOMPUTE,
@@ -65,6 +67,10 @@ class Config:
     distance_sample: int | None = _OF_THE_PRESET
     """Elements of each tensor, at most, that this is measured on, evenly spaced; None: all of them. Default: 65536, and
     None if preset is ``"paper"``. It is settled when the object is made: ``replace(config, preset=...)`` keeps it."""
+    moments: str = _OF_THE_PRESET
+    """What Adam's averages of a unit's gradients go by: ``"steps"`` (they reach back as many optimizer steps as those
+    of parameters that always train, which is what the user's betas mean) or ``"updates"`` (steps in which the unit was
+    closed count for nothing). Default: ``"steps"``, and ``"updates"`` if preset is ``"paper"``."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
     """NaN-filled tensors for ghosts, and graphs logged after each pass, at level INFO of the logger
     ``slimfit_fx.passes.graphs``. Default: on if the environment variable ``SLIMFIT_FX_DEBUG`` is set, and not to 0."""
@@ -107,6 +113,10 @@ class Config:
         if self.distance_sample is _OF_THE_PRESET:
             known = DISTANCE_SAMPLES if isinstance(self.preset, str) else {}
             object.__setattr__(self, "distance_sample", known.get(self.preset, DISTANCE_SAMPLE))
+        if self.moments is _OF_THE_PRESET:
+            object.__setattr__(
+                self, "moments", MOMENTS_OF.get(self.preset, MOMENTS[0]) if isinstance(self.preset, str) else MOMENTS[0]
+            )
         if isinstance(self.codecs, Mapping):
             object.__setattr__(self, "codecs", dict(self.codecs))
         for name in ("units", "disabled_passes"):

@@ -74,6 +74,11 @@ DISTANCE_SAMPLE = 1 << 16
 DISTANCE_SAMPLES: dict[str, int | None] = {"paper": None}
 """What presets say of it; None: all elements, as the authors' code has it."""
 
+MOMENTS = ("steps", "updates")
+"""What Adam's averages of a unit may forget by; the first is the default."""
+MOMENTS_OF: dict[str, str] = {"paper": "updates"}
+"""What presets say of it; the authors leave the optimizer as it is."""
+
 
 def resolve(table: CodecTable) -> dict[str, str | None]:
     """The codec of every kind under ``table``: its own line, or that of a more general kind."""

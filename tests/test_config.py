@@ -147,6 +147,14 @@ def test_numbers_of_other_libraries():
     assert type(Config(freeze_rate=0).freeze_rate) is float
 
 
+def test_averages_go_by_steps_unless_the_preset_is_the_papers():
+    assert (
+        Config().moments == Config(preset="exact").moments == Config(preset="paper", moments="steps").moments == "steps"
+    )
+    assert Config(preset="paper").moments == Config(moments="updates").moments == "updates"
+    assert dataclasses.replace(Config(preset="paper"), preset="exact").moments == "updates", "a budget's candidate"
+
+
 # ---- fingerprint
 
 
@@ -154,7 +162,7 @@ def test_fingerprint_follows_what_changes_a_graph():
     base = Config()
     same = [{"seed": 3}, {"scheduler": "random"}, {"executor": "interpreter"}, {"codecs": {"float": "int8"}}]
     same += [{"freeze_rate": 0.9 + 1e-9}, {"strict": True}, {"distance": "relative_norm"}, {"units": "a"}]
-    same += [{"distance_sample": 7}]
+    same += [{"distance_sample": 7}, {"moments": "updates"}]
     same += [{"max_gradient_error": 5.0}]
     other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
     other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}, {"max_gradient_error": 0.001}]
@@ -215,6 +223,8 @@ def test_fingerprint_is_the_same_in_another_process():
         ({"executor": "eager"}, ValueError, r"executor must be one of \['inductor', 'interpreter'\], got 'eager'"),
         ({"executor": None}, TypeError, "executor must be a string, .*got None"),
         ({"distance": "norm"}, ValueError, "distance must be one of .*got 'norm'"),
+        ({"moments": "step"}, ValueError, "moments must be one of .*got 'step'"),
+        ({"moments": None}, TypeError, "moments must be a string, .*got None"),
         ({"seed": 0.5}, TypeError, "seed must be an integer >= 0, got 0.5"),
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
         ({"min_bytes": True}, TypeError, "min_bytes must be an integer >= 0, got True"),

@@ -14,6 +14,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from slimfit_fx.runtime.moments import Groups, Regrouped
+
 
 class StepListener(Protocol):
     """Who is told of optimizer steps."""
@@ -35,6 +37,9 @@ class StepListener(Protocol):
     def begin_step(self) -> None:
         """Called when an optimizer's step begins."""
 
+    def groups_of(self, optimizer: Optimizer) -> Groups | None:
+        """The groups that ``optimizer`` shall step with; None: its own."""
+
     def before_step(self, params: frozenset[int]) -> None:
         """Called before an optimizer reads the gradients of the parameters with these ids.
 
@@ -53,6 +58,7 @@ class OptimizerHooks:
     """
 
     _registered: ClassVar[list[OptimizerHooks]] = []
+    _regrouped: ClassVar[Regrouped] = Regrouped()
 
     def __init__(self, listener: StepListener, param_ids: frozenset[int]) -> None:
         for hooks in [h for h in self._registered if h._listener() is None]:
@@ -67,6 +73,7 @@ class OptimizerHooks:
         return frozenset(map(id, _params(optimizer))) & self._param_ids
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._regrouped.mend(self, optimizer)
         listener, held = self._listener(), self._held(optimizer)
         if listener is None or not held:
             return None
@@ -91,7 +98,11 @@ class OptimizerHooks:
         if optimizer not in self.optimizers:
             self.optimizers.add(optimizer)
             listener.meet(has_state=any(optimizer.state.get(param) for param in _params(optimizer)))
+            optimizer.register_state_dict_pre_hook(self._regrouped.leave)  # behind a step that raised
         listener.begin_step()
+        groups = listener.groups_of(optimizer)
+        if groups is not None:
+            self._regrouped.enter(self, optimizer, groups)
 
     def _told(self, closure: Callable[[], Any], held: frozenset[int]) -> Callable[[], Any]:
         def call() -> Any:
@@ -104,6 +115,7 @@ class OptimizerHooks:
         return call
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._regrouped.leave(optimizer)
         listener = self._listener()
         if listener is not None and listener.forwarded and self._held(optimizer) and not _moved_nothing(optimizer):
             listener.after_step()

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from slimfit_fx._suggest import did_you_mean
 from slimfit_fx.config import Config
 from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
+from slimfit_fx.runtime.moments import Groups, pace_of, paced_groups
 from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
 from slimfit_fx.runtime.sampled import sampled_part
 from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts_of_all, make_scheduler
@@ -121,6 +123,11 @@ class StepTracker:
         """When an optimizer's step begins: forget the weights of one that was not finished."""
         if not self._manual:
             self._before = {}
+
+    def groups_of(self, optimizer: Optimizer) -> Groups | None:
+        """The groups that ``optimizer`` steps with; None: its own."""
+        units = {id(p) for name in self.gates.names for p in self.gates.params_of(name)}
+        return paced_groups(optimizer, units, pace_of(self.scheduler, self.config.moments))
 
     def before_step(self, params: frozenset[int]) -> None:
         """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""

@@ -53,6 +53,9 @@ class Scheduler(abc.ABC):
 
     needs_distances: ClassVar[bool] = False
     """Whether :meth:`observe` must be given update distances. If False, none are computed."""
+    by_rate: ClassVar[bool] = False
+    """Whether :attr:`open_count` units are open in each step and all have their turn, so that a unit trains in about
+    ``1 - freeze_rate`` of the steps. Adam's averages of units are paced by it (``Config.moments``)."""
 
     units: tuple[UnitInfo, ...] = ()
     freeze_rate: float = 0.0

@@ -64,6 +64,7 @@ class InterLayerScheduler(Scheduler):
     """The paper's scheduler: each step the ``int(freeze_rate * n)`` units that moved least are frozen."""
 
     needs_distances: ClassVar[bool] = True
+    by_rate: ClassVar[bool] = True
 
     def __init__(self) -> None:
         """Create it with no units; :meth:`start` gives it some."""

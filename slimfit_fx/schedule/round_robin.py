@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from slimfit_fx.schedule.base import Scheduler
 
 
 class RoundRobinScheduler(Scheduler):
     """Opens ``open_count`` consecutive units per step, in model order, beginning again after the last."""
+
+    by_rate: ClassVar[bool] = True
 
     def select(self) -> frozenset[str]:
         """Return this step's block; the last one of a round wraps to the first units."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from slimfit_fx.schedule.base import Scheduler, hash_fraction
 
 
@@ -10,6 +12,8 @@ class RandomScheduler(Scheduler):
 
     The draw is a hash of (seed, step, name): no generator state to save, and the same on every machine.
     """
+
+    by_rate: ClassVar[bool] = True
 
     def select(self) -> frozenset[str]:
         """Return this step's draw."""

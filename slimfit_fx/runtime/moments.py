@@ -1,0 +1,112 @@
+"""Adam's averages of units that train in few steps reach back as far as those of parameters that always train.
+
+Adam averages the gradients of a parameter's last updates: about 10 of them with ``beta1 = 0.9``, their squares over
+1000 with ``beta2 = 0.999``. A unit that is open in one step of ten gets an update where others get ten. Its averages
+would reach back ten times as far: most of its direction would be of gradients a hundred steps old, of a model that has
+moved on since. With ``beta ** (units / open units)`` they span as many optimizer steps as the user's betas ask for::
+
+    betas (0.9, 0.999), one of ten units open  ->  (0.35, 0.99) for units, (0.9, 0.999) for all others
+
+The optimizer is the user's, and so are its groups: a learning rate schedule, a checkpoint or a log never sees other
+ones. Only while it steps are they replaced by groups in which units are apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+
+from slimfit_fx.schedule import Scheduler
+
+Groups = list[Any]
+"""Of an optimizer: mappings from "params" and settings to their values."""
+_WITH_BETAS = (Adam, AdamW, NAdam, RAdam, Adamax)
+
+
+def pace_of(scheduler: Scheduler, moments: str) -> float:
+    """How many updates of other parameters there are for one of a unit, on average, if averages are to go by steps.
+
+    1 if they are to go by updates (``Config.moments``), or if the scheduler does not go by the freeze rate.
+    """
+    candidates = len(scheduler.candidates)
+    if moments != "steps" or not scheduler.by_rate or not candidates:
+        return 1.0
+    return candidates / min(scheduler.open_count, candidates)
+
+
+def paced_groups(optimizer: Optimizer, units: Collection[int], pace: float) -> Groups | None:
+    """The groups of ``optimizer`` with units in groups of their own, whose averages span ``pace`` times fewer updates.
+
+    ``units``: the ids of their parameters. None if nothing is to change: units train in every step, or the optimizer
+    averages nothing with betas.
+    """
+    if pace <= 1.0 or not isinstance(optimizer, _WITH_BETAS):
+        return None
+    groups: Groups = []
+    apart: Groups = []
+    for group in optimizer.param_groups:
+        mine = [param for param in group["params"] if id(param) in units]
+        others = [param for param in group["params"] if id(param) not in units]
+        paced = {"params": mine, "betas": tuple(beta**pace for beta in group["betas"])}
+        if not mine:
+            groups.append(group)
+        elif not others:
+            groups.append(Part(group, paced))
+        else:
+            groups.append(Part(group, {"params": others}))
+            apart.append(Part(group, paced))
+    return groups + apart
+
+
+class Part(MutableMapping[str, Any]):
+    """Some parameters of a group of an optimizer: it reads what is its own, and all else, and writes to the group."""
+
+    def __init__(self, group: MutableMapping[str, Any], own: Mapping[str, Any]) -> None:
+        self._group = group
+        self._own = own
+
+    def __getitem__(self, key: str) -> Any:
+        return self._own[key] if key in self._own else self._group[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._group[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._group[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
+class Regrouped:
+    """Optimizers that have other groups for the length of a step, and their own ones.
+
+    Two models may share an optimizer: the first that regroups it remembers what it was. A step that raises leaves it
+    regrouped, in parts that write to the user's groups; the next one begins with the groups as they were.
+    """
+
+    def __init__(self) -> None:
+        self._whole: weakref.WeakKeyDictionary[Optimizer, tuple[object, Groups]] = weakref.WeakKeyDictionary()
+
+    def enter(self, owner: object, optimizer: Optimizer, groups: Groups) -> None:
+        """Give ``optimizer`` these groups until ``leave``."""
+        self._whole.setdefault(optimizer, (owner, optimizer.param_groups))
+        optimizer.param_groups = groups
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Give it its own back."""
+        found = self._whole.pop(optimizer, None)
+        if found is not None:
+            optimizer.param_groups = found[1]
+
+    def mend(self, owner: object, optimizer: Optimizer) -> None:
+        """When ``owner`` sees a step begin: undo what a step that raised has left."""
+        found = self._whole.get(optimizer)
+        if found is not None and found[0] is owner:
+            self.leave(optimizer)
