@@ -152,7 +152,7 @@ def update_memory(
     trainable = [p for p in model.parameters() if p.requires_grad]
     always = [p for p in trainable if id(p) not in in_units]
     compared = opened if scheduler.needs_distances else []
-    pace = pace_of(scheduler, config.moments)
+    pace = pace_of(scheduler, config)
     return step_memory(
         list(optimizers) or [AdamW(trainable)], [*always, *opened], compared, config.distance, config.distance_sample,
         lambda optimizer: paced_groups(optimizer, in_units, pace),

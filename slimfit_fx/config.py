@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from slimfit_fx._suggest import unknown
 from slimfit_fx.config_checks import WrongType, problems_of
 from slimfit_fx.presets import (
+    CATCH_UP,
+    CATCH_UP_OF,
     DISTANCE_SAMPLE,
     DISTANCE_SAMPLES,
     FALLBACK,
@@ -71,6 +73,10 @@ class Config:
     """What Adam's averages of a unit's gradients go by: ``"steps"`` (they reach back as many optimizer steps as those
     of parameters that always train, which is what the user's betas mean) or ``"updates"`` (steps in which the unit was
     closed count for nothing). Default: ``"steps"``, and ``"updates"`` if preset is ``"paper"``."""
+    catch_up: float = _OF_THE_PRESET
+    """How far units make up for the steps in which they were closed, in [0, 1]: while an Adam steps their learning rate
+    is multiplied by ``(units / open units) ** catch_up``. Default: 0.5, so that the learning rate of full fine-tuning
+    serves; 0 if preset is ``"paper"``."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
     """NaN-filled tensors for ghosts, and graphs logged after each pass, at level INFO of the logger
     ``slimfit_fx.passes.graphs``. Default: on if the environment variable ``SLIMFIT_FX_DEBUG`` is set, and not to 0."""
@@ -110,13 +116,15 @@ class Config:
 
     def _normalise(self) -> None:
         """Copy what is mutable, make tuples of lists where the type allows, and take what the preset says."""
-        if self.distance_sample is _OF_THE_PRESET:
-            known = DISTANCE_SAMPLES if isinstance(self.preset, str) else {}
-            object.__setattr__(self, "distance_sample", known.get(self.preset, DISTANCE_SAMPLE))
-        if self.moments is _OF_THE_PRESET:
-            object.__setattr__(
-                self, "moments", MOMENTS_OF.get(self.preset, MOMENTS[0]) if isinstance(self.preset, str) else MOMENTS[0]
-            )
+        preset = self.preset if isinstance(self.preset, str) else ""
+        of_the_preset = {
+            "distance_sample": DISTANCE_SAMPLES.get(preset, DISTANCE_SAMPLE),
+            "moments": MOMENTS_OF.get(preset, MOMENTS[0]),
+            "catch_up": CATCH_UP_OF.get(preset, CATCH_UP),
+        }
+        for name, settled in of_the_preset.items():
+            if getattr(self, name) is _OF_THE_PRESET:
+                object.__setattr__(self, name, settled)
         if isinstance(self.codecs, Mapping):
             object.__setattr__(self, "codecs", dict(self.codecs))
         for name in ("units", "disabled_passes"):

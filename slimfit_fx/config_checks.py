@@ -131,6 +131,16 @@ def _check_distance_sample(config: Config) -> Iterable[str]:
         yield f"distance_sample must be >= 1, got {most!r}: use None to measure distances on all elements"
 
 
+def _check_catch_up(config: Config) -> Iterable[str]:
+    power = config.catch_up
+    if isinstance(power, bool) or not isinstance(power, numbers.Real):
+        yield WrongType(f"catch_up must be a number in [0, 1], got {power!r}")
+    elif not 0 <= power <= 1:
+        yield f"catch_up must be in [0, 1] (0: learning rates as they are), got {power!r}"
+    else:
+        object.__setattr__(config, "catch_up", float(power))
+
+
 def _check_disabled_passes(config: Config) -> Iterable[str]:
     names = config.disabled_passes
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -208,6 +218,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _check_flags,
     _check_integers,
     _check_distance_sample,
+    _check_catch_up,
     _check_disabled_passes,
     _check_budget,
     _check_max_gradient_error,

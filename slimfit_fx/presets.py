@@ -78,6 +78,8 @@ MOMENTS = ("steps", "updates")
 """What Adam's averages of a unit may forget by; the first is the default."""
 MOMENTS_OF: dict[str, str] = {"paper": "updates"}
 """What presets say of it; the authors leave the optimizer as it is."""
+CATCH_UP, CATCH_UP_OF = 0.5, {"paper": 0.0}
+"""By which power of their rarity units take larger steps; the same of presets."""
 
 
 def resolve(table: CodecTable) -> dict[str, str | None]:

@@ -147,6 +147,12 @@ def test_numbers_of_other_libraries():
     assert type(Config(freeze_rate=0).freeze_rate) is float
 
 
+def test_units_catch_up_unless_the_preset_is_the_papers():
+    assert Config().catch_up == Config(preset="exact").catch_up == Config(preset="paper", catch_up=0.5).catch_up == 0.5
+    assert Config(preset="paper").catch_up == Config(catch_up=0).catch_up == 0.0
+    assert dataclasses.replace(Config(preset="paper"), preset="exact").catch_up == 0.0, "a budget's candidate"
+
+
 def test_averages_go_by_steps_unless_the_preset_is_the_papers():
     assert (
         Config().moments == Config(preset="exact").moments == Config(preset="paper", moments="steps").moments == "steps"
@@ -162,7 +168,7 @@ def test_fingerprint_follows_what_changes_a_graph():
     base = Config()
     same = [{"seed": 3}, {"scheduler": "random"}, {"executor": "interpreter"}, {"codecs": {"float": "int8"}}]
     same += [{"freeze_rate": 0.9 + 1e-9}, {"strict": True}, {"distance": "relative_norm"}, {"units": "a"}]
-    same += [{"distance_sample": 7}, {"moments": "updates"}]
+    same += [{"distance_sample": 7}, {"moments": "updates"}, {"catch_up": 1}]
     same += [{"max_gradient_error": 5.0}]
     other = [{"preset": "max"}, {"codecs": {"float": "int4"}}, {"min_bytes": 1}, {"debug": True}]
     other += [{"disabled_passes": ("a",)}, {"freeze_rate": 0.8}, {"max_gradient_error": 0.001}]
@@ -223,6 +229,9 @@ def test_fingerprint_is_the_same_in_another_process():
         ({"executor": "eager"}, ValueError, r"executor must be one of \['inductor', 'interpreter'\], got 'eager'"),
         ({"executor": None}, TypeError, "executor must be a string, .*got None"),
         ({"distance": "norm"}, ValueError, "distance must be one of .*got 'norm'"),
+        ({"catch_up": -0.5}, ValueError, r"catch_up must be in \[0, 1\] .*got -0.5"),
+        ({"catch_up": float("nan")}, ValueError, r"catch_up must be in \[0, 1\] .*got nan"),
+        ({"catch_up": "sqrt"}, TypeError, r"catch_up must be a number in \[0, 1\], got 'sqrt'"),
         ({"moments": "step"}, ValueError, "moments must be one of .*got 'step'"),
         ({"moments": None}, TypeError, "moments must be a string, .*got None"),
         ({"seed": 0.5}, TypeError, "seed must be an integer >= 0, got 0.5"),

@@ -1,4 +1,4 @@
-"""Adam's averages of units go by optimizer steps: what a step is then, and that nobody sees other groups."""
+"""Units under an Adam go by optimizer steps: what a step is then, and that nobody sees other groups."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import slimfit_fx
-from slimfit_fx.runtime.moments import pace_of, paced_groups
+from slimfit_fx.config import Config
+from slimfit_fx.runtime.moments import Pace, pace_of, paced_groups
 from slimfit_fx.schedule import UnitInfo, make_scheduler
 
-WITH_BETAS = (Adam, AdamW, NAdam, RAdam, Adamax)
+ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
 STEPS = 7
 
 
@@ -37,13 +38,18 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS, after: Cal
         optimizer.zero_grad()
 
 
-def by_hand(make: Callable[[Any], Optimizer], session: slimfit_fx.Session, pace: float) -> nn.Module:
-    """Plain training of the same model: gradients of closed units dropped, units in a group with betas of their own."""
+def rarity(session: slimfit_fx.Session) -> float:
+    return len(session.gates.names) / session.scheduler.open_count
+
+
+def by_hand(make: Callable[[Any], Optimizer], session: slimfit_fx.Session, exponent: float, factor: float) -> nn.Module:
+    """Plain training of the same model: closed units have no gradient, units a group with settings of its own."""
     model, names = Tiny(dropout=0.0), set(session.gates.names)
     named = dict(model.named_parameters())
     units = [p for n, p in named.items() if n in names]
     optimizer = make([{"params": [p for n, p in named.items() if n not in names]}, {"params": units}])
-    optimizer.param_groups[1]["betas"] = tuple(b**pace for b in optimizer.param_groups[1]["betas"])
+    apart = optimizer.param_groups[1]
+    apart["betas"], apart["lr"] = tuple(b**exponent for b in apart["betas"]), apart["lr"] * factor
     torch._dynamo.reset()
     call = compile_reference(model)
     for number, (_, opened) in enumerate(session.gates.history):
@@ -61,19 +67,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "kind"), [*(("random", kind) for kind in WITH_BETAS), ("round_robin", Adam), ("ils", AdamW)]
+    ("scheduler", "kind"), [*(("random", kind) for kind in ADAMS), ("round_robin", Adam), ("ils", AdamW)]
 )
-def test_a_step_is_one_with_other_betas_for_units(scheduler, kind):
+def test_a_step_is_one_with_other_settings_for_units(scheduler, kind):
     def make(params: Any) -> Optimizer:
         return kind(params, lr=1e-2, weight_decay=0.05, foreach=False)
 
     model, session = model_of(scheduler=scheduler)
     train(model, make(model.parameters()))
-    pace = len(session.gates.names) / session.scheduler.open_count
-    assert pace > 2
-    assert same_weights(model, by_hand(make, session, pace))
+    times = rarity(session)
+    assert times > 2
+    assert same_weights(model, by_hand(make, session, times, times**0.5))
     if kind is AdamW:
-        assert not same_weights(model, by_hand(make, session, 1.0))
+        assert not same_weights(model, by_hand(make, session, 1.0, times**0.5))
+        assert not same_weights(model, by_hand(make, session, times, 1.0))
 
 
 @pytest.mark.parametrize("way", ["foreach", "fused", "amsgrad"])
@@ -83,13 +90,13 @@ def test_every_way_of_adamw(way):
 
     model, session = model_of()
     train(model, make(model.parameters()))
-    assert same_weights(model, by_hand(make, session, len(session.gates.names) / session.scheduler.open_count))
+    assert same_weights(model, by_hand(make, session, rarity(session), rarity(session) ** 0.5))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"moments": "updates"}, {"preset": "paper"}, {"scheduler": "none"}, {"freeze_rate": 0.0}]
+    "changes", [{"moments": "updates", "catch_up": 0}, {"preset": "paper"}, {"scheduler": "none"}, {"freeze_rate": 0.0}]
 )
-def test_the_users_betas_hold_for_all(changes):
+def test_the_users_settings_hold_for_all(changes):
     model, session = model_of(**changes)
     seen = []
     optimizer = AdamW(model.parameters(), lr=1e-2)
@@ -98,10 +105,19 @@ def test_the_users_betas_hold_for_all(changes):
     train(model, optimizer, 2)
     assert all(groups is own for groups in seen)
     if changes.get("preset") != "paper":
-        assert same_weights(model, by_hand(lambda params: AdamW(params, lr=1e-2), session, 1.0))
+        assert same_weights(model, by_hand(lambda params: AdamW(params, lr=1e-2), session, 1.0, 1.0))
 
 
-def test_what_has_no_betas_steps_with_its_own_groups():
+@pytest.mark.parametrize("changes", [{"moments": "updates", "catch_up": 1}, {"catch_up": 0.0}])
+def test_one_without_the_other(changes):
+    model, session = model_of(**changes)
+    train(model, AdamW(model.parameters(), lr=1e-2), 3)
+    times = rarity(session)
+    expected = (1.0, times) if "moments" in changes else (times, 1.0)
+    assert same_weights(model, by_hand(lambda params: AdamW(params, lr=1e-2), session, *expected))
+
+
+def test_what_is_no_adam_steps_with_its_own_groups():
     model, session = model_of()
     optimizer = SGD(model.parameters(), lr=1e-2, momentum=0.9)
     assert session._tracker.groups_of(optimizer) is None
@@ -200,7 +216,7 @@ def test_nothing_is_left_of_an_optimizer_that_is_gone():
     count=st.integers(1, 12),
     groups=st.integers(1, 3),
     chosen=st.sets(st.integers(0, 11)),
-    pace=st.floats(1.0, 40.0),
+    pace=st.builds(Pace, st.floats(1.0, 40.0), st.floats(1.0, 40.0)),
     betas=st.tuples(st.floats(0.0, 0.999), st.floats(0.0, 0.9999)),
 )
 def test_groups_hold_every_parameter_once(count, groups, chosen, pace, betas):
@@ -209,15 +225,17 @@ def test_groups_hold_every_parameter_once(count, groups, chosen, pace, betas):
     optimizer = AdamW([{"params": part, "lr": 0.1 * (k + 1)} for k, part in enumerate(parts)], betas=betas)
     units = {id(p) for k, p in enumerate(params) if k in chosen}
     found = paced_groups(optimizer, units, pace)
-    if pace == 1.0:
+    if pace == Pace():
         assert found is None
         return
     own = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert sorted(id(p) for group in found for p in group["params"]) == sorted(own)
     for group in found:
         for param in group["params"]:
-            expected = tuple(b**pace for b in betas) if id(param) in units else betas
-            assert {**group, "params": 0} == {**own[id(param)], "params": 0, "betas": expected}
+            expected = {**own[id(param)], "params": 0}
+            if id(param) in units:
+                expected |= {"betas": tuple(b**pace.exponent for b in betas), "lr": expected["lr"] * pace.factor}
+            assert {**group, "params": 0} == expected
 
 
 def test_the_pace_is_that_of_the_units_that_may_open():
@@ -225,8 +243,10 @@ def test_the_pace_is_that_of_the_units_that_may_open():
     for name, expected in (("ils", 10.0), ("random", 10.0), ("round_robin", 10.0), ("none", 1.0)):
         scheduler = make_scheduler(name)
         scheduler.start(units, freeze_rate=0.9, seed=0)
-        assert pace_of(scheduler, "steps") == expected and pace_of(scheduler, "updates") == 1.0
+        assert pace_of(scheduler, Config()) == Pace(expected, expected**0.5)
+        assert pace_of(scheduler, Config(moments="updates", catch_up=1)) == Pace(1.0, expected)
+        assert pace_of(scheduler, Config(preset="paper")) == Pace()
         scheduler.pin(frozenset("01234"))
-        assert pace_of(scheduler, "steps") == max(1.0, expected / 2)
+        assert pace_of(scheduler, Config(catch_up=0)) == Pace(max(1.0, expected / 2))
         scheduler.pin(frozenset("0123456789"))
-        assert pace_of(scheduler, "steps") == 1.0
+        assert pace_of(scheduler, Config()) == Pace()

@@ -12,12 +12,14 @@ SCHEDULERS = ("ils", "random", "round_robin")
 
 GRIDS: dict[str, tuple[float, ...]] = {
     "full": (1.0, 2.0, 4.0),
-    "slimfit": (2.0, 4.0, 8.0),
+    "slimfit": (1.0, 2.0, 4.0),
+    "paper": (2.0, 4.0, 8.0),
     "lora": (4.0, 8.0, 16.0),
     "head": (10.0, 40.0, 160.0),
 }
-"""Learning rates that are tried, as multiples of the task's own: as many for each kind of method. A unit that trains
-in few steps, an adapter of few weights and a head alone want larger ones than full fine-tuning."""
+"""Learning rates that are tried, as multiples of the task's own: as many for each kind of method. An adapter of few
+weights, a head alone, and units that train in few steps (``paper`` makes up for nothing) want larger ones than full
+fine-tuning."""
 
 TUNING_SEEDS = {"full": 3, "quick": 1}
 """By scale: with how many of the seeds every learning rate is tried; their mean validation score chooses. One seed's
@@ -44,7 +46,7 @@ class Method:
     @property
     def grid(self) -> tuple[float, ...]:
         """Its learning rates, as multiples of the task's own."""
-        return GRIDS[self.kind]
+        return GRIDS["paper" if self.preset == "paper" else self.kind]
 
 
 FULL, HEAD, LORA = Method("full"), Method("head"), Method("lora")

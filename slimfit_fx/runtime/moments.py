@@ -1,11 +1,13 @@
-"""Adam's averages of units that train in few steps reach back as far as those of parameters that always train.
+"""What an Adam does to units that train in few steps: averages that reach back as far, and larger steps.
 
 Adam averages the gradients of a parameter's last updates: about 10 of them with ``beta1 = 0.9``, their squares over
 1000 with ``beta2 = 0.999``. A unit that is open in one step of ten gets an update where others get ten. Its averages
 would reach back ten times as far: most of its direction would be of gradients a hundred steps old, of a model that has
-moved on since. With ``beta ** (units / open units)`` they span as many optimizer steps as the user's betas ask for::
+moved on since. With ``beta ** (units / open units)`` they span as many optimizer steps as the user's betas ask for. And
+it would stay behind: each update of an Adam is about as long as the learning rate, and it has a tenth of them. Its
+learning rate is multiplied by ``(units / open units) ** catch_up``::
 
-    betas (0.9, 0.999), one of ten units open  ->  (0.35, 0.99) for units, (0.9, 0.999) for all others
+    betas (0.9, 0.999), rate 1e-4, one of ten units open  ->  units: betas (0.35, 0.99), rate 3.2e-4; others: unchanged
 
 The optimizer is the user's, and so are its groups: a learning rate schedule, a checkpoint or a log never sees other
 ones. Only while it steps are they replaced by groups in which units are apart.
@@ -15,42 +17,55 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from slimfit_fx.schedule import Scheduler
 
+if TYPE_CHECKING:
+    from slimfit_fx.config import Config
+
 Groups = list[Any]
 """Of an optimizer: mappings from "params" and settings to their values."""
-_WITH_BETAS = (Adam, AdamW, NAdam, RAdam, Adamax)
+_ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
 
 
-def pace_of(scheduler: Scheduler, moments: str) -> float:
-    """How many updates of other parameters there are for one of a unit, on average, if averages are to go by steps.
+@dataclass(frozen=True)
+class Pace:
+    """How units differ from parameters that always train."""
 
-    1 if they are to go by updates (``Config.moments``), or if the scheduler does not go by the freeze rate.
-    """
+    exponent: float = 1.0
+    """Of their betas."""
+    factor: float = 1.0
+    """Of their learning rate."""
+
+
+def pace_of(scheduler: Scheduler, config: Config) -> Pace:
+    """The pace of units under these settings; that of all others if the scheduler does not go by the freeze rate."""
     candidates = len(scheduler.candidates)
-    if moments != "steps" or not scheduler.by_rate or not candidates:
-        return 1.0
-    return candidates / min(scheduler.open_count, candidates)
+    if not scheduler.by_rate or not candidates:
+        return Pace()
+    rarity = candidates / min(scheduler.open_count, candidates)
+    return Pace(rarity if config.moments == "steps" else 1.0, rarity**config.catch_up)
 
 
-def paced_groups(optimizer: Optimizer, units: Collection[int], pace: float) -> Groups | None:
-    """The groups of ``optimizer`` with units in groups of their own, whose averages span ``pace`` times fewer updates.
+def paced_groups(optimizer: Optimizer, units: Collection[int], pace: Pace) -> Groups | None:
+    """The groups of ``optimizer`` with units in groups of their own, which keep ``pace``.
 
-    ``units``: the ids of their parameters. None if nothing is to change: units train in every step, or the optimizer
-    averages nothing with betas.
+    ``units``: the ids of their parameters. None if nothing is to change: units train in every step, or the optimizer is
+    no Adam.
     """
-    if pace <= 1.0 or not isinstance(optimizer, _WITH_BETAS):
+    if pace == Pace() or not isinstance(optimizer, _ADAMS):
         return None
     groups: Groups = []
     apart: Groups = []
     for group in optimizer.param_groups:
         mine = [param for param in group["params"] if id(param) in units]
         others = [param for param in group["params"] if id(param) not in units]
-        paced = {"params": mine, "betas": tuple(beta**pace for beta in group["betas"])}
+        betas = tuple(beta**pace.exponent for beta in group["betas"])
+        paced = {"params": mine, "betas": betas, "lr": group["lr"] * pace.factor}
         if not mine:
             groups.append(group)
         elif not others:

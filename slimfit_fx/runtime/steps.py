@@ -127,7 +127,7 @@ class StepTracker:
     def groups_of(self, optimizer: Optimizer) -> Groups | None:
         """The groups that ``optimizer`` steps with; None: its own."""
         units = {id(p) for name in self.gates.names for p in self.gates.params_of(name)}
-        return paced_groups(optimizer, units, pace_of(self.scheduler, self.config.moments))
+        return paced_groups(optimizer, units, pace_of(self.scheduler, self.config))
 
     def before_step(self, params: frozenset[int]) -> None:
         """Before an optimizer reads gradients: closed units have none, whatever happened to them on the way."""
