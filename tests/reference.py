@@ -18,6 +18,10 @@ import slimfit_fx
 Gradients = dict[str, Tensor | None]
 
 
+UNPACED = {"moments": "updates", "catch_up": 0}
+"""Settings under which an optimizer takes the very steps that it takes without us."""
+
+
 def compile_reference(
     model: nn.Module, *, executor: str = "interpreter", dynamic: bool | None = None
 ) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
-from reference import Gradients, compile_reference, cosine, differences, equal_bits, optimized, step
+from reference import UNPACED, Gradients, compile_reference, cosine, differences, equal_bits, optimized, step
 from torch import Tensor, nn
 
 from slimfit_fx.schedule.ils import InterLayerScheduler
@@ -76,7 +76,8 @@ def check_plan(session):
 
 
 def test_trains_exactly_as_without_us(reference):
-    model, session = optimized(hf_models.build(reference.name), preset="exact", scheduler=OpenFirst, freeze_rate=0.7)
+    chosen = {"preset": "exact", "scheduler": OpenFirst, "freeze_rate": 0.7, **UNPACED}
+    model, session = optimized(hf_models.build(reference.name), **chosen)
     ours, theirs = optimizer_of(model), optimizer_of(reference.model)
     compiles = []
     partly_eager = False

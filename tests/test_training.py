@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from reference import compile_reference, differences, equal_bits, optimized, step
+from reference import UNPACED, compile_reference, differences, equal_bits, optimized, step
 from small_models import BATCH, LENGTH, Tiny, optimizer_state, same_state, tokens
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
@@ -110,7 +110,7 @@ def test_a_run_resumed_at_step_100_equals_200_steps():
 
 
 def test_gradient_accumulation_keeps_the_gates():
-    model, session = optimized(Tiny(), preset="exact", freeze_rate=0.6, moments="updates", catch_up=0)
+    model, session = optimized(Tiny(), preset="exact", freeze_rate=0.6, **UNPACED)
     reference = Tiny()
     compiled = compile_reference(reference)
     ours, theirs = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, reference))
