@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.torch_version import TorchVersion
 
 from slimfit_fx.codecs import Codec, TopK, ValueSpec, codec_names, get_codec, register_codec
 from slimfit_fx.codecs import base as codecs_base
@@ -452,16 +451,12 @@ def test_all_compiled_equal_eager(inner: int) -> None:
 
 
 def written_call(function: Callable[..., Any], *inputs: Tensor) -> str:
-    """What Inductor writes to call its kernels; none is compiled where torch can do without."""
-    from torch._inductor.utils import get_code, run_and_get_code
+    """What Inductor writes to call its kernels."""
+    from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
-    if TorchVersion(torch.__version__) < "2.12":  # get_code takes functions of one output only
-        with torch._inductor.config.patch(force_disable_caches=True):  # a cached graph does not know its code
-            _, (code,) = run_and_get_code(compiled, *inputs)
-    else:
-        (code,) = get_code(compiled, *inputs)
+    with torch._inductor.config.patch(force_disable_caches=True):  # a cached graph does not know its code
+        _, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *inputs)
     return code[code.index("def call(") :]
 
 
