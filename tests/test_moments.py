@@ -183,6 +183,23 @@ def test_a_step_that_raises_leaves_no_trace_in_the_next():
     assert len(optimizer.state_dict()["param_groups"]) == 1 and optimizer.param_groups is own
 
 
+class Counting(AdamW):
+    """Counts steps in its groups, and copies them, as optimizers of others do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.copy().get("count", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_stays_there():
+    model, _ = model_of()
+    optimizer = Counting(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    assert [group["count"] for group in optimizer.param_groups] == [3]
+    assert [group["count"] for group in optimizer.state_dict()["param_groups"]] == [3]
+
+
 def test_two_models_in_one_optimizer():
     def together(seeds: tuple[int, int]) -> list[nn.Module]:
         pair = [model_of(seed=seed) for seed in seeds]

@@ -16,7 +16,7 @@ ones. Only while it steps are they replaced by groups in which units are apart.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from slimfit_fx.schedule import Scheduler
 if TYPE_CHECKING:
     from slimfit_fx.config import Config
 
-Groups = list[Any]
-"""Of an optimizer: mappings from "params" and settings to their values."""
+Groups = list[dict[str, Any]]
+"""Of an optimizer: "params" and settings."""
 _ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
 
 
@@ -76,27 +76,19 @@ def paced_groups(optimizer: Optimizer, units: Collection[int], pace: Pace) -> Gr
     return groups + apart
 
 
-class Part(MutableMapping[str, Any]):
-    """Some parameters of a group of an optimizer: it reads what is its own, and all else, and writes to the group."""
+class Part(dict[str, Any]):
+    """Some parameters of a group of an optimizer, with settings of their own; what is written to it reaches the group.
 
-    def __init__(self, group: MutableMapping[str, Any], own: Mapping[str, Any]) -> None:
+    It keeps what it read: an optimizer that counts steps in its groups counts once, in how many parts they may be.
+    """
+
+    def __init__(self, group: dict[str, Any], own: Mapping[str, Any]) -> None:
+        super().__init__({**group, **own})
         self._group = group
-        self._own = own
-
-    def __getitem__(self, key: str) -> Any:
-        return self._own[key] if key in self._own else self._group[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
         self._group[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._group[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._group)
-
-    def __len__(self) -> int:
-        return len(self._group)
 
 
 class Regrouped:
