@@ -15,7 +15,7 @@ import cProfile
 import pstats
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import report
 from bench.rivals import Settings, Trainee, make_trainee
 from bench.settings import TASKS, case_of, setting_of
+from bench.time import time_step, waiting_clock
 
 WARM_UP, STEPS, SHOWN = 14, 20, 30
 """Steps before anything is timed (every unit opens once in ten); steps of each measurement; lines of each list."""
@@ -54,16 +55,13 @@ class Profile:
 
 def measure(trainee: Trainee, steps: int = STEPS, warm_up: int = WARM_UP) -> Profile:
     """Profile steps of ``trainee``."""
-    on_gpu = trainee.model.training and torch.device(trainee.case.device).type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    on_gpu, wait = torch.device(trainee.case.device).type == "cuda", waiting_clock(trainee.case.device)
     for _ in range(warm_up):
         trainee.step()
-    wait()
-    began = perf_counter()
+    began = wait()
     for _ in range(steps):
         trainee.step()
-    wait()
-    step_ms = 1e3 * (perf_counter() - began) / steps
+    step_ms = 1e3 * (wait() - began) / steps
     parts = [_issue(trainee, wait) for _ in range(steps)]
     issue_ms = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -90,23 +88,14 @@ def measure(trainee: Trainee, steps: int = STEPS, warm_up: int = WARM_UP) -> Pro
     )
 
 
-def _issue(trainee: Trainee, wait: Any) -> dict[str, float]:
-    wait()
-    marks = [perf_counter()]
-    trainee.clear()
-    loss = trainee.forward()
-    marks.append(perf_counter())
-    trainee.backward(loss)
-    marks.append(perf_counter())
-    trainee.update()
-    marks.append(perf_counter())
-    wait()
-    marks.append(perf_counter())
-    times = [1e3 * (end - start) for start, end in zip(marks, marks[1:], strict=False)]
-    return dict(zip(("forward", "backward", "update", "wait"), times, strict=True))
+def _issue(trainee: Trainee, wait: Callable[[], float]) -> dict[str, float]:
+    began = wait()
+    parts = time_step(trainee, perf_counter)
+    waited_s = wait() - began - parts["step_s"]
+    return {**{name: 1e3 * parts[f"{name}_s"] for name in ("forward", "backward", "update")}, "wait": 1e3 * waited_s}
 
 
-def _python(trainee: Trainee, steps: int, wait: Any) -> list[tuple[str, float, float]]:
+def _python(trainee: Trainee, steps: int, wait: Callable[[], float]) -> list[tuple[str, float, float]]:
     """Functions by their own time. A backward that runs in a thread of autograd (on a GPU) is not seen."""
     profiler = cProfile.Profile()
     profiler.enable()

@@ -47,17 +47,17 @@ _STAMP = ("command", "date", "commit", "machine")
 
 
 # --- step time ----------------------------------------------------------------------------------------------------
-def time_step(trainee: Trainee) -> dict[str, float]:
-    """Run one step; return the seconds of its parts and of the whole."""
-    wait = _waiter(trainee.case.device)
-    marks = [wait()]
+def time_step(trainee: Trainee, clock: Callable[[], float] | None = None) -> dict[str, float]:
+    """Run one step; return the seconds of its parts and of the whole. ``clock``: default: ``waiting_clock``."""
+    clock = clock or waiting_clock(trainee.case.device)
+    marks = [clock()]
     trainee.clear()
     loss = trainee.forward()
-    marks.append(wait())
+    marks.append(clock())
     trainee.backward(loss)
-    marks.append(wait())
+    marks.append(clock())
     trainee.update()
-    marks.append(wait())
+    marks.append(clock())
     forward_s, backward_s, update_s = (after - before for before, after in zip(marks, marks[1:], strict=False))
     return {
         "forward_s": forward_s,
@@ -68,7 +68,7 @@ def time_step(trainee: Trainee) -> dict[str, float]:
     }
 
 
-def _waiter(device: str) -> Callable[[], float]:
+def waiting_clock(device: str) -> Callable[[], float]:
     """Return a clock that first waits for the device."""
     if torch.device(device).type != "cuda":
         return perf_counter

@@ -72,7 +72,7 @@ def timeless(row: Row) -> Row:
 def test_every_kind_of_method_tries_as_many_learning_rates():
     assert len({len(grid) for grid in GRIDS.values()}) == 1
     assert learning_rates(FULL, 1e-4) == (1e-4, 2e-4, 4e-4)
-    assert {method.kind for method in METHODS} | {"paper"} == set(GRIDS)
+    assert {method.kind for method in METHODS} | {"unpaced"} == set(GRIDS)
 
 
 def test_the_issue_is_covered():

@@ -16,6 +16,7 @@ from training_loops import Skipped, pair, train
 
 import slimfit_fx
 import slimfit_fx.api
+from slimfit_fx.capture import backend
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.ungated import ungated_units
@@ -64,6 +65,34 @@ def test_graph_breaks():
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
     assert session.compiles == 2 and session.recompiles == 0
     assert {u.name for u in session.plan.units if u.gated} == set(session.gates.names)
+
+
+class PlainFirst(Tiny):
+    """The graph in front of the break needs no gradient."""
+
+    def forward(self, data, labels=None):
+        scale = torch.layer_norm(data.float(), data.shape[-1:])
+        torch._dynamo.graph_break()
+        return super().forward(data, labels) * scale.square().mean()
+
+
+def test_a_graph_without_gradients_that_cannot_be_compiled_runs_as_it_was(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(backend, "lower_plain", fail)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no room"):
+        optimized(PlainFirst())[0](*tokens())
+    torch._dynamo.reset()
+    model, session = optimized(PlainFirst(dropout=0.0), preset="exact", strict=False, scheduler="none")
+    with pytest.warns(RuntimeWarning, match="runs uncompiled.*no room"):
+        loss, grads = step(model, model, tokens())
+    reference = PlainFirst(dropout=0.0)
+    expected_loss, expected = step(reference, reference, tokens())
+    assert torch.allclose(loss, expected_loss) and all(
+        torch.allclose(g, grads[n], atol=1e-6) for n, g in expected.items()
+    )
+    assert len(session.gates.names) > 0 and session.plan.units
 
 
 def test_graph_breaks_under_ils_compile_once_per_graph():

@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import compile_reference, equal_bits, optimized
+from reference import UNPACED, compile_reference, equal_bits, optimized
 from small_models import Tiny, tokens
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -64,6 +65,11 @@ def by_hand(make: Callable[[Any], Optimizer], session: slimfit_fx.Session, expon
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     theirs = dict(other.named_parameters())
     return all(equal_bits(p, theirs[n]) for n, p in one.named_parameters())
+
+
+def largest_difference(one: nn.Module, other: nn.Module) -> float:
+    theirs = dict(other.named_parameters())
+    return max((p - theirs[n]).abs().max().item() for n, p in one.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -120,8 +126,8 @@ def test_one_without_the_other(changes):
 def test_what_is_no_adam_steps_with_its_own_groups():
     model, session = model_of()
     optimizer = SGD(model.parameters(), lr=1e-2, momentum=0.9)
-    assert session._tracker.groups_of(optimizer) is None
-    assert session._tracker.groups_of(AdamW(Tiny().parameters())) is not None
+    assert session._tracker.parts_of(optimizer) is None
+    assert session._tracker.parts_of(AdamW(Tiny().parameters())) is not None
 
 
 @pytest.mark.parametrize("make", [
@@ -173,8 +179,8 @@ def test_a_step_that_raises_leaves_no_trace_in_the_next():
         optimizer.step()
     for group in optimizer.param_groups:  # in parts now, but what is written reaches the user's group
         group["lr"] = 1e-3
-    assert own[0]["lr"] == 1e-3
     train(model, optimizer, 1)
+    assert own[0]["lr"] == 1e-3
     assert optimizer.param_groups is own
     own[0]["lr"] = "fast"
     model(*tokens()).backward()
@@ -198,6 +204,33 @@ def test_what_an_optimizer_keeps_in_its_groups_stays_there():
     train(model, optimizer, 3)
     assert [group["count"] for group in optimizer.param_groups] == [3]
     assert [group["count"] for group in optimizer.state_dict()["param_groups"]] == [3]
+
+
+def test_a_compiled_step():
+    """``torch.compile`` of the step takes it as it takes that of plain training, and compiles no more graphs."""
+
+    def compiled(changes: dict[str, Any]) -> tuple[nn.Module, slimfit_fx.Session, int]:
+        model, session = model_of(**changes)
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        compile_counter = CompileCounter()
+        call = torch.compile(optimizer.step, backend=compile_counter)
+        for number in range(STEPS):
+            model(*tokens(number)).backward()
+            call()
+            optimizer.zero_grad()
+        return model, session, compile_counter.frame_count
+
+    torch._dynamo.reset()
+    model, session, count = compiled({})
+    assert session.steps == STEPS
+    times = rarity(session)
+    apart = [
+        largest_difference(model, by_hand(lambda params: AdamW(params, lr=1e-2), session, *pace))
+        for pace in ((times, times**0.5), (times, 1.0), (1.0, times**0.5))
+    ]
+    assert 10 * apart[0] < min(apart[1:]), "torch compiles other arithmetic for plain training, too"
+    torch._dynamo.reset()
+    assert count <= compiled(UNPACED)[2]
 
 
 def test_two_models_in_one_optimizer():
@@ -246,8 +279,9 @@ def test_groups_hold_every_parameter_once(count, groups, chosen, pace, betas):
         assert found is None
         return
     own = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    assert sorted(id(p) for group in found for p in group["params"]) == sorted(own)
-    for group in found:
+    shown = [part.shown for part in found]
+    assert sorted(id(p) for group in shown for p in group["params"]) == sorted(own)
+    for group in shown:
         for param in group["params"]:
             expected = {**own[id(param)], "params": 0}
             if id(param) in units:

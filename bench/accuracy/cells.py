@@ -13,12 +13,12 @@ SCHEDULERS = ("ils", "random", "round_robin")
 GRIDS: dict[str, tuple[float, ...]] = {
     "full": (1.0, 2.0, 4.0),
     "slimfit": (1.0, 2.0, 4.0),
-    "paper": (2.0, 4.0, 8.0),
+    "unpaced": (2.0, 4.0, 8.0),
     "lora": (4.0, 8.0, 16.0),
     "head": (10.0, 40.0, 160.0),
 }
 """Learning rates that are tried, as multiples of the task's own: as many for each kind of method. An adapter of few
-weights, a head alone, and units that train in few steps (``paper`` makes up for nothing) want larger ones than full
+weights, a head alone, and units that train in few steps and do not make up for it want larger ones than full
 fine-tuning."""
 
 TUNING_SEEDS = {"full": 3, "quick": 1}
@@ -28,25 +28,27 @@ scores lie apart by more than the rates do: a few hundred examples tell half a p
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune. The three settings at the end are those of ``slimfit``."""
+    """One way to fine-tune. The four settings at the end are those of ``slimfit``."""
 
     kind: str
     """``full``, ``head`` (frozen backbone, trained head), ``lora`` or ``slimfit``."""
     preset: str = ""
     freeze_rate: float = 0.0
     scheduler: str = ""
+    paced: bool = True
+    """Whether units make up for the steps in which they were frozen (but ``paper``, which never does)."""
 
     @property
     def name(self) -> str:
         """Its name on the command line, in tables and in the result file."""
         if self.kind != "slimfit":
             return self.kind
-        return f"{self.preset}-{self.freeze_rate:.2f}-{self.scheduler}"
+        return f"{self.preset}-{self.freeze_rate:.2f}-{self.scheduler}{'' if self.paced else '-unpaced'}"
 
     @property
     def grid(self) -> tuple[float, ...]:
         """Its learning rates, as multiples of the task's own."""
-        return GRIDS["paper" if self.preset == "paper" else self.kind]
+        return GRIDS["unpaced" if self.preset == "paper" or not self.paced else self.kind]
 
 
 FULL, HEAD, LORA = Method("full"), Method("head"), Method("lora")
@@ -61,6 +63,7 @@ METHODS: tuple[Method, ...] = (
     FULL,
     *(slimfit(preset, rate) for rate in (0.90, 0.95, 0.80) for preset in ("balanced", "max", "exact", "paper")),
     *(slimfit("balanced", rate, scheduler) for rate in (0.95, 0.90, 0.80) for scheduler in SCHEDULERS[1:]),
+    Method("slimfit", "balanced", 0.90, "ils", paced=False),
     HEAD,
     LORA,
 )

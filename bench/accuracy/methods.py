@@ -43,6 +43,7 @@ class Trainee:
         import slimfit_fx
 
         method = self.method
+        unpaced: dict[str, Any] = {} if method.paced else {"moments": "updates", "catch_up": 0.0}
         return slimfit_fx.optimize(
             model,
             preset=method.preset,
@@ -51,6 +52,7 @@ class Trainee:
             executor=self._executor,
             seed=seed,
             strict=True,
+            **unpaced,
         )
 
     def _take_over(self, fresh: nn.Module) -> nn.Module:

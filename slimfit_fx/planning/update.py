@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from slimfit_fx.planning.blocks import TensorSpec
 from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
-from slimfit_fx.runtime.moments import Groups
+from slimfit_fx.runtime.moments import Part
 from slimfit_fx.schedule import Sample, distance_parts_of_all
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -46,16 +46,19 @@ class UpdateMemory:
     """The most that it holds for itself while it steps, in a step in which the wanted parameters have gradients."""
 
 
-def update_memory(optimizer: Optimizer, wanted: Collection[int], groups: Groups | None = None) -> UpdateMemory | None:
+def update_memory(
+    optimizer: Optimizer, wanted: Collection[int], parts: list[Part] | None = None
+) -> UpdateMemory | None:
     """The memory of a step of ``optimizer`` in which the parameters with these ids have gradients.
 
-    ``groups``: what it steps with instead of its own. None if that cannot be told: its ``step`` wants a closure, or
+    ``parts``: what it steps with instead of its groups. None if that cannot be told: its ``step`` wants a closure, or
     does what no tensor without values can. The optimizer, its parameters and its state are left as they are.
     """
+    groups = optimizer.param_groups if parts is None else [part.shown for part in parts]
     for begun in (False, True):
         try:
             with _disable_current_modes(), torch.random.fork_rng(devices=[]):
-                return _simulated(optimizer, wanted, groups or optimizer.param_groups, begun)
+                return _simulated(optimizer, wanted, groups, begun)
         except Exception:  # an optimizer may hold any code
             log.debug("the memory of %s could not be followed", type(optimizer).__name__, exc_info=True)
     return None
@@ -67,16 +70,16 @@ def step_memory(
     compared: Sequence[Tensor] = (),
     metric: Any = "relative_mean",
     most: int | None = None,
-    groups_of: Callable[[Optimizer], Groups | None] = lambda _: None,
+    parts_of: Callable[[Optimizer], list[Part] | None] = lambda _: None,
 ) -> UpdateMemory | None:
     """The memory of a step of several optimizers, one after the other, and of measuring how far ``compared`` moved.
 
     ``wanted`` have gradients. ``compared`` are copied before (their copies are not counted here) and measured by
-    ``metric`` behind the step, on at most ``most`` elements each. ``groups_of``: what an optimizer steps with, not
+    ``metric`` behind the step, on at most ``most`` elements each. ``parts_of``: what an optimizer steps with, not
     its own. None if an optimizer's memory cannot be told.
     """
     ids = frozenset(map(id, wanted))
-    found = [update_memory(optimizer, ids, groups_of(optimizer)) for optimizer in optimizers]
+    found = [update_memory(optimizer, ids, parts_of(optimizer)) for optimizer in optimizers]
     known = [memory for memory in found if memory is not None]
     if len(known) < len(found):
         return None
@@ -104,7 +107,7 @@ def count_bytes(function: Callable[[], Any], device: torch.device | None = None)
     return counter.most
 
 
-def _simulated(optimizer: Optimizer, wanted: Collection[int], groups: Groups, begun: bool) -> UpdateMemory:
+def _simulated(optimizer: Optimizer, wanted: Collection[int], groups: list[Any], begun: bool) -> UpdateMemory:
     replica, params = _replica(optimizer, groups, begun)
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without the hooks of all optimizers
@@ -120,7 +123,7 @@ def _simulated(optimizer: Optimizer, wanted: Collection[int], groups: Groups, be
     return UpdateMemory(state, count_bytes(lambda: step(replica), device) + _SCALARS)
 
 
-def _replica(optimizer: Optimizer, in_groups: Groups, begun: bool) -> tuple[Optimizer, dict[int, Tensor]]:
+def _replica(optimizer: Optimizer, in_groups: list[Any], begun: bool) -> tuple[Optimizer, dict[int, Tensor]]:
     """The same optimizer, for parameters that have no values; and those, by the ids of the real ones.
 
     It has no state, as before the first step; ``begun``: the state of the real one, for those that have state as soon

@@ -27,7 +27,7 @@ from slimfit_fx.schedule import Scheduler
 if TYPE_CHECKING:
     from slimfit_fx.config import Config
 
-Groups = list[dict[str, Any]]
+Group = dict[str, Any]
 """Of an optimizer: "params" and settings."""
 _ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
 
@@ -51,69 +51,79 @@ def pace_of(scheduler: Scheduler, config: Config) -> Pace:
     return Pace(rarity if config.moments == "steps" else 1.0, rarity**config.catch_up)
 
 
-def paced_groups(optimizer: Optimizer, units: Collection[int], pace: Pace) -> Groups | None:
-    """The groups of ``optimizer`` with units in groups of their own, which keep ``pace``.
+def paced_groups(optimizer: Optimizer, units: Collection[int], pace: Pace) -> list[Part] | None:
+    """The groups of ``optimizer`` in parts: units in parts of their own, which keep ``pace``, behind all others.
 
     ``units``: the ids of their parameters. None if nothing is to change: units train in every step, or the optimizer is
     no Adam.
     """
     if pace == Pace() or not isinstance(optimizer, _ADAMS):
         return None
-    groups: Groups = []
-    apart: Groups = []
+    parts: list[Part] = []
+    apart: list[Part] = []
     for group in optimizer.param_groups:
         mine = [param for param in group["params"] if id(param) in units]
         others = [param for param in group["params"] if id(param) not in units]
         betas = tuple(beta**pace.exponent for beta in group["betas"])
-        paced = {"params": mine, "betas": betas, "lr": group["lr"] * pace.factor}
-        if not mine:
-            groups.append(group)
-        elif not others:
-            groups.append(Part(group, paced))
-        else:
-            groups.append(Part(group, {"params": others}))
-            apart.append(Part(group, paced))
-    return groups + apart
+        if others or not mine:
+            parts.append(Part(group, {"params": others}))
+        if mine:
+            paced = {"params": mine, "betas": betas, "lr": group["lr"] * pace.factor}
+            (apart if others else parts).append(Part(group, paced))
+    return parts + apart
 
 
-class Part(dict[str, Any]):
-    """Some parameters of a group of an optimizer, with settings of their own; what is written to it reaches the group.
+class Part:
+    """Some parameters of a group of an optimizer, with settings of their own.
 
-    It keeps what it read: an optimizer that counts steps in its groups counts once, in how many parts they may be.
+    What the optimizer sees is a plain dictionary (``torch.compile`` takes no other). What is written to it in the
+    meantime goes to the group in ``write_back``: an optimizer that counts steps in its groups counts once.
     """
 
-    def __init__(self, group: dict[str, Any], own: Mapping[str, Any]) -> None:
-        super().__init__({**group, **own})
+    def __init__(self, group: Group, own: Mapping[str, Any]) -> None:
         self._group = group
+        self._given = {**group, **own}
+        self.shown = dict(self._given)
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        self._group[key] = value
+    def write_back(self) -> None:
+        """Write to the group what was written to ``shown``."""
+        given = self._given
+        self._group.update({k: v for k, v in self.shown.items() if k not in given or given[k] is not v})
 
 
 class Regrouped:
-    """Optimizers that have other groups for the length of a step, and their own ones.
+    """Optimizers that have parts of their groups instead of these for the length of a step.
 
-    Two models may share an optimizer: the first that regroups it remembers what it was. A step that raises leaves it
-    regrouped, in parts that write to the user's groups; the next one begins with the groups as they were.
+    Several models may share an optimizer: what one made parts of, the next makes parts of again. A step that raises
+    leaves the parts; the next one begins with the groups as they were, and with what was written to the parts.
     """
 
     def __init__(self) -> None:
-        self._whole: weakref.WeakKeyDictionary[Optimizer, tuple[object, Groups]] = weakref.WeakKeyDictionary()
+        self._whole: weakref.WeakKeyDictionary[Optimizer, list[_Made]] = weakref.WeakKeyDictionary()
 
-    def enter(self, owner: object, optimizer: Optimizer, groups: Groups) -> None:
-        """Give ``optimizer`` these groups until ``leave``."""
-        self._whole.setdefault(optimizer, (owner, optimizer.param_groups))
-        optimizer.param_groups = groups
+    def enter(self, owner: object, optimizer: Optimizer, parts: list[Part]) -> None:
+        """Give ``optimizer`` these parts until ``leave``."""
+        self._whole.setdefault(optimizer, []).append(_Made(owner, optimizer.param_groups, parts))
+        optimizer.param_groups = [part.shown for part in parts]
 
     def leave(self, optimizer: Optimizer) -> None:
-        """Give it its own back."""
-        found = self._whole.pop(optimizer, None)
-        if found is not None:
-            optimizer.param_groups = found[1]
+        """Give it its own groups back."""
+        for made in reversed(self._whole.pop(optimizer, [])):
+            for part in made.parts:
+                part.write_back()
+            optimizer.param_groups = made.groups
 
     def mend(self, owner: object, optimizer: Optimizer) -> None:
         """When ``owner`` sees a step begin: undo what a step that raised has left."""
         found = self._whole.get(optimizer)
-        if found is not None and found[0] is owner:
+        if found and any(made.owner is owner for made in found):
             self.leave(optimizer)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Parts that ``owner`` made of ``groups``."""
+
+    owner: object
+    groups: list[Group]
+    parts: list[Part]

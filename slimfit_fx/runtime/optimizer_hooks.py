@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slimfit_fx.runtime.moments import Groups, Regrouped
+from slimfit_fx.runtime.moments import Part, Regrouped
 
 
 class StepListener(Protocol):
@@ -37,8 +37,8 @@ class StepListener(Protocol):
     def begin_step(self) -> None:
         """Called when an optimizer's step begins."""
 
-    def groups_of(self, optimizer: Optimizer) -> Groups | None:
-        """The groups that ``optimizer`` shall step with; None: its own."""
+    def parts_of(self, optimizer: Optimizer) -> list[Part] | None:
+        """The parts of its groups that ``optimizer`` shall step with; None: the groups themselves."""
 
     def before_step(self, params: frozenset[int]) -> None:
         """Called before an optimizer reads the gradients of the parameters with these ids.
@@ -98,11 +98,11 @@ class OptimizerHooks:
         if optimizer not in self.optimizers:
             self.optimizers.add(optimizer)
             listener.meet(has_state=any(optimizer.state.get(param) for param in _params(optimizer)))
-            optimizer.register_state_dict_pre_hook(self._regrouped.leave)  # behind a step that raised
+            self._handles.append(optimizer.register_state_dict_pre_hook(self._regrouped.leave))  # a step that raised
         listener.begin_step()
-        groups = listener.groups_of(optimizer)
-        if groups is not None:
-            self._regrouped.enter(self, optimizer, groups)
+        parts = listener.parts_of(optimizer)
+        if parts is not None:
+            self._regrouped.enter(self, optimizer, parts)
 
     def _told(self, closure: Callable[[], Any], held: frozenset[int]) -> Callable[[], Any]:
         def call() -> Any:

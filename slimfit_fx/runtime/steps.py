@@ -21,7 +21,7 @@ from slimfit_fx.config import Config
 from slimfit_fx.runtime.bindings import Bindings, is_sharded
 from slimfit_fx.runtime.distances import DistanceQueue
 from slimfit_fx.runtime.gates import GateTable
-from slimfit_fx.runtime.moments import Groups, pace_of, paced_groups
+from slimfit_fx.runtime.moments import Part, pace_of, paced_groups
 from slimfit_fx.runtime.peers import CHECK_EVERY, Peers, sum_over_shards
 from slimfit_fx.runtime.sampled import sampled_part
 from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts_of_all, make_scheduler
@@ -124,8 +124,8 @@ class StepTracker:
         if not self._manual:
             self._before = {}
 
-    def groups_of(self, optimizer: Optimizer) -> Groups | None:
-        """The groups that ``optimizer`` steps with; None: its own."""
+    def parts_of(self, optimizer: Optimizer) -> list[Part] | None:
+        """The parts of its groups that ``optimizer`` steps with; None: the groups themselves."""
         units = {id(p) for name in self.gates.names for p in self.gates.params_of(name)}
         return paced_groups(optimizer, units, pace_of(self.scheduler, self.config))
 
