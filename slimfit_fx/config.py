@@ -75,8 +75,8 @@ class Config:
     closed count for nothing). Default: ``"steps"``, and ``"updates"`` if preset is ``"paper"``."""
     catch_up: float = _OF_THE_PRESET
     """How far units make up for the steps in which they were closed, in [0, 1]: while an Adam steps their learning rate
-    is multiplied by ``(units / open units) ** catch_up``. Default: 0.5, so that the learning rate of full fine-tuning
-    serves; 0 if preset is ``"paper"``."""
+    is multiplied by ``(units / open units) ** catch_up``. Default: 0.5, so that a usual learning rate of full
+    fine-tuning serves; 0 if preset is ``"paper"``."""
     debug: bool = field(default_factory=lambda: os.environ.get("SLIMFIT_FX_DEBUG", "0") not in ("", "0"))
     """NaN-filled tensors for ghosts, and graphs logged after each pass, at level INFO of the logger
     ``slimfit_fx.passes.graphs``. Default: on if the environment variable ``SLIMFIT_FX_DEBUG`` is set, and not to 0."""

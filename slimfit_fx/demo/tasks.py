@@ -17,7 +17,7 @@ from slimfit_fx.demo.training import Recipe, Task
 KNOWN_DIGITS = 5
 """Pretraining sees the digits below this one."""
 PRETRAINING = Recipe(steps=80, batch=128, learning_rate=1e-3, warmup_steps=10)
-DIGITS = Recipe(steps=300, batch=128, learning_rate=2e-3, warmup_steps=10)
+DIGITS = Recipe(steps=300, batch=128, learning_rate=1e-3, warmup_steps=10)
 DOCSTRINGS = Recipe(steps=100, batch=32, learning_rate=2e-4, warmup_steps=10)
 
 
