@@ -27,7 +27,7 @@ from bench.tasks import Task
 
 TASKS = ("SQuAD 2.0", "ImageNet")
 CAPS_GB = (32, 16, 12)
-RIVALS = ("balanced", "balanced-auto", "max", "budget", "eager-attention", "eager", "compile", "checkpoint")
+RIVALS = ("balanced", "balanced-cheap", "max", "budget", "eager-attention", "eager", "compile", "checkpoint")
 """``budget``: the planner, with what the cap leaves when a tenth is kept free for fragmentation and the batch."""
 STEPS = 50
 _SHARE_FOR_PLANNER = 0.9

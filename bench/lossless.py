@@ -28,7 +28,7 @@ TORCH = (*(f"activation-budget-{tenths / 10:g}" for tenths in range(1, 10)), REF
 """Torch's ten settings; the last, 1.0, is its default."""
 LOSSLESS = ("exact-open", "exact-products-open", "exact-blocks-open")
 CHECKPOINT = ("checkpoint", "compile-checkpoint")
-FROZEN = ("balanced", "balanced-auto", "max", "max-blocks")
+FROZEN = ("balanced", "balanced-cheap", "max", "max-blocks")
 _GROUP = 6
 _SMALLEST, _CHECKPOINT_TIME, _MAX_RATIO = 1.5, 0.85, 8.0
 

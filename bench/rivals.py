@@ -7,8 +7,8 @@
 ``checkpoint``          eager, gradient checkpointing; ``compile-checkpoint``: compiled
 ``activation-budget-X`` torch.compile with torch's ``activation_memory_budget`` of X, in (0, 1]
 ``lora``                eager, LoRA of rank 8 (peft); ``lora-checkpoint``: with gradient checkpointing
-a preset's name         slimfit_fx; with ``-products``, ``-blocks`` or ``-auto``: that recompute; with ``-open``:
-                        every gate open (scheduler "none")
+a preset's name         slimfit_fx; with ``-cheap``, ``-products``, ``-blocks`` or ``-auto``: that recompute; with
+                        ``-open``: every gate open (scheduler "none")
 ``budget-X``            slimfit_fx's planner with a memory budget of X, up to preset "max": ``8GiB``; in the tables also
                         ``50%``: parameters and optimizer state, and half of what eager's step takes above them
 ======================= ==============================================================================
@@ -29,7 +29,7 @@ PLAIN = ("eager", "compile", "checkpoint")
 PRESETS = ("exact", "paper", "balanced", "max")
 ACTIVATION_BUDGETS = tuple(f"activation-budget-{tenths / 10:g}" for tenths in range(1, 10))
 _OPEN = "-open"
-_LEVELS = ("products", "blocks", "auto")
+_LEVELS = ("cheap", "products", "blocks", "auto")
 _LORA_RANK = 8
 
 
@@ -40,7 +40,7 @@ class Rival:
     name: str
     preset: str | None = None
     all_open: bool = False
-    recompute: str = "cheap"
+    recompute: str | None = None
     memory_budget: str | None = None
     compiled: bool = False
     checkpoint: bool = False
@@ -87,8 +87,8 @@ def rival_of(name: str) -> Rival:
 
 def _ours(name: str) -> Rival | None:
     rest = name.removesuffix(_OPEN)
-    level = next((level for level in _LEVELS if rest.endswith(f"-{level}")), "cheap")
-    preset = rest.removesuffix(f"-{level}")
+    level = next((level for level in _LEVELS if rest.endswith(f"-{level}")), None)
+    preset = rest if level is None else rest.removesuffix(f"-{level}")
     return Rival(name, preset, name.endswith(_OPEN), level, compiled=True) if preset in PRESETS else None
 
 
@@ -208,12 +208,13 @@ def config_of(rival: Rival, settings: Settings) -> Any:
     """Return slimfit_fx's settings of a rival that is ours."""
     import slimfit_fx
 
+    asked = {} if rival.recompute is None else {"recompute": rival.recompute}
     return slimfit_fx.Config(
         preset=rival.preset or "balanced",
         freeze_rate=settings.freeze_rate,
         scheduler="none" if rival.all_open else settings.scheduler,
         executor=settings.executor,
-        recompute=rival.recompute,
+        **asked,
         memory_budget=rival.memory_budget,
         seed=settings.seed,
         strict=True,

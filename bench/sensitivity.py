@@ -26,11 +26,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench import report
-from slimfit_fx.presets import WHOLE_OF
+from slimfit_fx.presets import BLOCK_INPUT, WHOLE_OF
 
 KINDS = (
     *("gelu_input", "gelu_input_static", "attention_qkv", "attention_probs", "normalised", "normalised_static"),
-    *("linear_input", "float"),
+    *("linear_input", "float", "block_input"),
 )
 CODECS = ("int8", "int8-sr", "int4", "int4-sr", "int2", "int2-sr")
 ONLY_FOR = {
@@ -54,6 +54,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "max": {"preset": "max"},
     "paper": {"preset": "paper"},
+    "balanced, blocks": {"preset": "balanced", "recompute": "blocks"},
+    "max, blocks": {"preset": "max", "recompute": "blocks"},
     "max, normalised int8": {"preset": "max", "codecs": {"normalised": "int8"}},
     "max, normalised and float int8": {"preset": "max", "codecs": _milder("normalised")},
     "max, normalised, float and gelu_input int8": {"preset": "max", "codecs": _milder("normalised", "gelu_input")},
@@ -169,7 +171,8 @@ def stored_bytes(rows: Sequence[Any], kind: str, codec: str) -> dict[str, int]:
 def alone(kind: str, codec: str) -> dict[str, Any]:
     """Settings under which ``kind`` is stored by ``codec`` and everything else as it is."""
     nothing: dict[str, str | None] = dict.fromkeys(("float", *KINDS))
-    return {"preset": "balanced", "codecs": {**nothing, kind: codec}}
+    level = "blocks" if kind == BLOCK_INPUT else "cheap"
+    return {"preset": "balanced", "codecs": {**nothing, kind: codec}, "recompute": level}
 
 
 def measure(

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from slimfit_fx.codecs import Codec
+from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph, read_joint
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
@@ -29,6 +31,7 @@ from slimfit_fx.passes.sink_backward import sink_backward
 from slimfit_fx.passes.verify import IllegalGraphError, verify_joint, verify_seam
 from slimfit_fx.planning.levels import plan_paid
 from slimfit_fx.planning.planner import Planner, Planning
+from slimfit_fx.planning.prices import Prices
 from slimfit_fx.planning.rows import GraphPlan
 
 log = logging.getLogger("slimfit_fx.passes")
@@ -52,6 +55,8 @@ class Settings:
     """Of the blocks, from the first on: where that holds."""
     why_milder: Callable[[str], str | None] = lambda kind: None
     """Why a kind's codec is not that of the preset; None if it is."""
+    prices_of: Callable[[torch.device], Prices] = lambda device: Prices()
+    """What time is worth on a device."""
     outline: bool = True
     """Whether identical blocks become calls of one subgraph: of use to a compiler, of none to the interpreter."""
 
@@ -201,6 +206,8 @@ def _simplify(work: Work) -> int:
 
 def make_planner(work: Work, settings: Settings) -> Planner:
     """The planner of a joint graph, at the first level of recompute."""
+    inputs = [n for n in work.joint.graph.find_nodes(op="placeholder") if ops.is_tensor(n)]
+    device = next((n.meta["val"].device for n in inputs if n.meta["val"].dim()), torch.device("cpu"))
     return Planner(
         work.joint,
         lambda n: n.meta.get(SERVES, frozenset()),
@@ -211,6 +218,7 @@ def make_planner(work: Work, settings: Settings) -> Planner:
         recompute=settings.recompute[0],
         recompute_share=settings.recompute_share,
         why_milder=settings.why_milder,
+        prices=settings.prices_of(device),
     )
 
 

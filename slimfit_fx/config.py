@@ -23,6 +23,7 @@ from slimfit_fx.presets import (
     PARTS,
     PRESETS,
     RECOMPUTE,
+    RECOMPUTE_OF,
     WHOLE_OF,
     CodecTable,
     find_changes,
@@ -89,11 +90,12 @@ class Config:
     memory_budget: int | float | str | None = None
     """Upper bound on all that a training step holds on the device: bytes, ``"6GiB"``, or a share of the device's memory
     in (0, 1]. The least lossy plan that fits is taken, up to ``preset``; if none fits, the first step raises."""
-    recompute: str = "cheap"
+    recompute: str = _OF_THE_PRESET
     """What may be computed again for backward: ``"cheap"`` (pointwise work, norms, attention scores), ``"products"``
     (matrix products too where that saves more than it costs), ``"blocks"`` (whole blocks from what enters them, like
-    gradient checkpointing), or ``"auto"``: of these, what the closed units' spared products pay for. The results are
-    the same; less is saved and a step takes longer."""
+    gradient checkpointing), or ``"auto"``: of these, what the closed units' spared products pay for; presets
+    balanced and max say that, the others "cheap". Less is saved and a step takes longer; without codecs that lose
+    something the results are the same bits, with them what runs again starts from decoded values."""
     recompute_share: float = 1.0
     """Share of the repeated blocks, from the first on, for which ``recompute`` says so, in (0, 1]; in the others only
     cheap work runs again. Backward reaches the first blocks last, when little else is left in memory."""
@@ -119,6 +121,7 @@ class Config:
         preset = self.preset if isinstance(self.preset, str) else ""
         of_the_preset = {
             "distance_sample": DISTANCE_SAMPLES.get(preset, DISTANCE_SAMPLE),
+            "recompute": RECOMPUTE_OF.get(preset, RECOMPUTE[0]),
             "moments": MOMENTS_OF.get(preset, MOMENTS[0]),
             "catch_up": CATCH_UP_OF.get(preset, CATCH_UP),
         }
@@ -169,7 +172,7 @@ class Config:
         return ", ".join([f"preset {self.preset}", *changes, *self._recomputes()])
 
     def _recomputes(self) -> list[str]:
-        if self.recompute == "cheap":
+        if self.recompute in ("cheap", "auto"):  # a budget tries no "auto", but all that it may choose
             return []
         where = "" if self.recompute_share == 1 else f" in the first {self.recompute_share:.0%}"
         return [f"recompute {self.recompute}{where}"]

@@ -32,12 +32,17 @@ FALLBACK: dict[str, str | None] = {
     "normalised_static": "normalised",
     "normalised_units": "normalised",
     "linear_input": "float",
+    "block_input": "float",  # where whole blocks are computed again: any value that is stored for that
 }
 """Every kind that a codec can be chosen for, and the more general kind whose codec it takes if it has none."""
 
 PARTS = {kind: (f"{kind}_static", f"{kind}_units") for kind in ("gelu_input", "normalised")}
 """Kinds whose values may be stored twice: for those who read them whatever is frozen, and for units, which is kept only
 while one of these trains. They are if the two parts have different codecs and few enough units read a value."""
+
+BLOCK_INPUT = "block_input"
+"""The kind that takes the place of all others where whole blocks are computed again: an error in what enters a block is
+carried through its products and its attention, and costs more than one in what a single operator reads."""
 
 WHOLE_OF = {part: kind for kind, parts in PARTS.items() for part in parts}
 """The kind that a part is one of."""
@@ -55,19 +60,25 @@ PRESETS: dict[str, CodecTable] = {
         "attention_probs": "fixed_uint8",
         "normalised_static": "topk",
         "linear_input": "fixed_int8",
+        "block_input": "int8",  # the authors run no blocks again
     },
     # Eight bits with a scale per group.
     "balanced": {"mask": "bits", "float": "int8"},
     # Four bits; eight where they are read as weights (probabilities), and where few units read what a norm normalised,
-    # for these: what each line adds to the error of the gradient is in planning/sensitivity.json.
+    # for these, and in what blocks are computed again from: what each line adds to the error of the gradient is in
+    # planning/sensitivity.json.
     "max": {
         "mask": "bits",
         "float": "int4",
         "attention_probs": "int8",
         "normalised_units": "int8",
+        "block_input": "int8",
     },
 }
 LOSSLESS_PRESETS = frozenset({"exact"})
+
+RECOMPUTE_OF = {"balanced": "auto", "max": "auto"}
+"""What presets say of what runs again; under the others cheap work alone does."""
 
 DISTANCE_SAMPLE = 1 << 16
 """Elements of a tensor that its distance is measured on, under presets that say nothing of it."""

@@ -67,6 +67,14 @@ def fresh_dynamo() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def reference_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans do not depend on how fast this machine happens to be."""
+    from slimfit_fx.planning import prices
+
+    monkeypatch.setattr(prices, "_measured", lambda *_: prices.Prices())
+
+
 @pytest.fixture
 def cheap_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets try presets, but not to run products or blocks again: a third of the plans."""

@@ -84,7 +84,8 @@ def test_a_share_is_one_of_the_device():
         ({"recompute_price": "low"}, TypeError, "recompute_price must be a number > 0, got 'low'"),
         ({"recompute_share": 0}, ValueError, r"recompute_share must be in \(0, 1\], got 0"),
         ({"recompute_share": None}, TypeError, r"recompute_share must be a number in \(0, 1\], got None"),
-        ({"recompute_share": 0.5}, ValueError, "recompute_share 0.5 needs recompute 'products' or 'blocks', got 'ch"),
+        ({"recompute_share": 0.5}, ValueError, "recompute_share 0.5 needs recompute 'products' or 'blocks', got 'au"),
+        ({"recompute_share": 0.5, "preset": "exact"}, ValueError, "'products' or 'blocks', got 'cheap'"),
     ],
 )
 def test_settings_are_checked_before_anything_is_traced(settings, error, match):
@@ -494,8 +495,9 @@ def test_too_many_saved_bytes_are_seen_before_any_code_is_written():
 )
 def test_the_first_that_fits_is_taken_and_else_the_smallest_of_all(candidates_of, limit):
     """Each candidate holds some bytes between forward and backward and takes some more."""
-    held = {Config(seed=number): held for number, (held, _) in enumerate(candidates_of)}
-    total = {Config(seed=number): sum(sizes) for number, sizes in enumerate(candidates_of)}
+    configs = [Config(seed=number, recompute="cheap") for number in range(len(candidates_of))]
+    held = {config: held for config, (held, _) in zip(configs, candidates_of, strict=True)}
+    total = {config: sum(sizes) for config, sizes in zip(configs, candidates_of, strict=True)}
     written = []
 
     def attempt(configs, gives_up):

@@ -56,6 +56,7 @@ def test_paper_has_the_authors_formats():
         "gelu_input_static": "fixed_gelu4",
         "gelu_input_units": "fixed_gelu4",
         "linear_input": "fixed_int8",
+        "block_input": "int8",
     }
 
 

@@ -195,4 +195,4 @@ def test_with_whole_blocks_q_k_and_v_are_computed_again_from_what_is_encoded():
     again = {n.name for n in bench.work.planning.cut.recomputed}
     products = [n for n in calls(bench.work.pair().backward.graph, ATEN.addmm.default) if n.name in again]
     found = [made_from(bench, product) for product in products]
-    assert found.count(({"addmm", "mul", "add"}, ["normalised"])) == 6, "of the blocks that follow another"
+    assert found.count(({"addmm", "mul", "add"}, ["block_input"])) == 6, "of the blocks that follow another"

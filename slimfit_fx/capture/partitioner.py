@@ -34,6 +34,7 @@ import slimfit_fx.passes
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.passes.pipeline import Settings, run_pipeline
+from slimfit_fx.planning.prices import prices_of
 from slimfit_fx.planning.rows import GraphPlan
 
 log = logging.getLogger("slimfit_fx.capture")
@@ -91,7 +92,8 @@ class GatedPartitioner(CustomPartitionerFn):
         """Everything that decides what the partition looks like."""
         if self.plan_only or self.others:
             return None
-        return f"slimfit_fx:{source_hash()}:{self.config.fingerprint()}:{self.layout!r}:{torch.__version__}"
+        parts = source_hash(), self.config.fingerprint(), repr(self.layout), torch.__version__, _prices_in_use()
+        return ":".join(("slimfit_fx", *parts))
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -125,6 +127,14 @@ class GatedPartitioner(CustomPartitionerFn):
         if self.plan_only:
             raise PlanReady
         return forward, backward
+
+
+def _prices_in_use() -> str:
+    """The prices of the devices that a graph may be for: they decide what is saved."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_initialized():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    return str([prices_of(device) for device in devices])
 
 
 @contextlib.contextmanager
@@ -181,6 +191,7 @@ def settings_of(config: Config) -> Settings:
         decompositions=select_decomp_table(),
         disabled=config.disabled_passes,
         recompute_price=config.recompute_price,
+        prices_of=prices_of,
         recompute=config.recompute_levels,
         recompute_share=config.recompute_share,
         outline=config.executor == "inductor",

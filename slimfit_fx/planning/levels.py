@@ -93,9 +93,11 @@ def choose(found: Sequence[Level]) -> Level:
 
 
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
-    """Plan at every level of ``names``; return what the closed units pay for, with a note that says so."""
+    """Plan at every level of ``names``; return what the closed units pay for, with a note if it is not the first."""
     first, *more = (plan_level(planner.at_level(name)) for name in names)
     chosen = choose([first, *filter(None, (shrink(planner, level, first) for level in more))])
+    if chosen.name == first.name:
+        return chosen.planning
     note = f'recompute "auto": {chosen.name}'
     if chosen.share < 1:
         note += f" in the first {chosen.share:.0%}"

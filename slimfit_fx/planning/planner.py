@@ -1,7 +1,7 @@
 """Decide, for every value that backward may read, what happens to it. Decides only: the passes act.
 
 The rule of this planner: minimum cut with the encoded size of each value, weighted by the chance that it is needed at
-all (a dynamic value of closed units is dropped), against a small price on running cheap operators again.
+all (a dynamic value of closed units is dropped), against the time that running operators again takes (prices.py).
 """
 
 from __future__ import annotations
@@ -21,21 +21,18 @@ from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
-from slimfit_fx.presets import PARTS
+from slimfit_fx.planning.prices import Prices, inner_size
+from slimfit_fx.planning.rows import ExpectedTime
+from slimfit_fx.presets import BLOCK_INPUT, PARTS
 
 MAX_GATES_PER_CONE = 4
 """A value that serves more gates than this is hardly ever unneeded: it is kept like a static one."""
 
-_PRICE_PER_BYTE = {"pointwise": 0.004, "transcendental": 0.008, "reduction": 0.004, "rearrange": 0.02}
-_TRANSCENDENTAL = {"erf", "exp", "tanh", "sigmoid", "log", "gelu", "silu", "pow", "sin", "cos"}
-_FLOPS_PER_BYTE = 2000.0
-"""Price of a product of two activations (attention scores): so many operations cost as much as one saved byte."""
-_ANY_PRODUCT_FLOPS_PER_BYTE = {"products": 1000.0, "blocks": 1e5}
-"""The same for any product where products may run again. The bytes that a product with inner size K saves are worth K/2
-operations each: at 1000, products over 768 elements run again and those over 3072 do not. At 1e5 every product does,
-but not for the sake of one number per row, such as the variance that a norm's backward reads."""
-_BLOCKS_DISCOUNT = 1e-3
-"""What running a cheap operator again costs where whole blocks are computed again, against its usual price."""
+_LARGEST_SCORES = 256
+"""Products of two activations (attention scores) run again at any level up to this many elements per sum."""
+_BLOCKS_DISCOUNT, _BLOCKS_PRODUCT_DISCOUNT = 1e-3, 0.01
+"""What cheap operators and products cost where whole blocks are computed again, against their usual price: as good as
+nothing, but a product is still not run for the sake of one number per row, such as the variance that a norm reads."""
 
 _FEW = 0.5
 """The chance that a unit trains which reads a value, up to which the value is stored for units as well."""
@@ -69,6 +66,8 @@ class Planning:
     """Forward values that backward reads and that are computed again for it."""
     note: str | None = None
     """What a user should know of how it was planned."""
+    time: ExpectedTime | None = None
+    """What it is expected to cost and to spare."""
 
 
 def effective_gates(serves: frozenset[int]) -> frozenset[int]:
@@ -111,10 +110,11 @@ class Planner:
     """Plans one joint graph.
 
     ``codec_for(kind)`` is the preset's table, ``why_milder(kind)`` why it is not; ``min_bytes`` leaves small values
-    alone; ``recompute_price`` multiplies every price of running an operator again. ``recompute``: what may run again at
-    all, see ``Config.recompute``, and ``recompute_share`` for which of the blocks, from the first on: backward reaches
-    those last, when the values of all others are gone. Beyond ``"cheap"`` the values that pass from one repeated block
-    to the next are always saved, so that no chain of recomputation runs through several blocks.
+    alone; ``prices`` are those of the device, and ``recompute_price`` multiplies that of running an operator again.
+    ``recompute``: what may run again at all, see ``Config.recompute``, and ``recompute_share`` for which of the blocks,
+    from the first on: backward reaches those last, when the values of all others are gone. Beyond ``"cheap"`` the
+    values that pass from one repeated block to the next are always saved, so that no chain of recomputation runs
+    through several blocks.
     """
 
     def __init__(
@@ -129,7 +129,9 @@ class Planner:
         recompute: str = "cheap",
         recompute_share: float = 1.0,
         why_milder: Callable[[str], str | None] = lambda kind: None,
+        prices: Prices | None = None,
     ) -> None:
+        self.prices = prices or Prices()
         self.why_milder = functools.cache(why_milder)
         self.recompute_price, self.recompute, self.recompute_share = recompute_price, recompute, recompute_share
         self.joint, self.serves_of = joint, serves_of
@@ -143,7 +145,7 @@ class Planner:
         }
         self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
         self.tainted = mask_tainted(joint.graph)
-        self._decisions: dict[fx.Node, Decision] = {}
+        self._decisions: dict[tuple[fx.Node, bool], Decision] = {}
         self._chances: dict[fx.Node, float] = {}
 
     def at_level(self, recompute: str, share: float = 1.0) -> Planner:
@@ -192,7 +194,19 @@ class Planner:
             for n in self.joint.graph.nodes
             if n in cut.recomputed and n in self.forward and any(u in needed for u in n.users)
         )
-        return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads)
+        return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads, time=self._time(cut))
+
+    def _time(self, cut: Cut) -> ExpectedTime:
+        again = (n for n in cut.recomputed & self.forward if n.op == "call_function" and not self._is_free(n))
+        return ExpectedTime(
+            again_ms=math.fsum(self.chance(n) * self.prices.operator_ms(n) for n in again),
+            codecs_ms=math.fsum(map(self.codec_ms, cut.saved)),
+            spared_ms=math.fsum(
+                (1.0 - self.chance(n)) * self.prices.operator_ms(n)
+                for n in self.needed_backward
+                if ops.is_matrix_product(n)
+            ),
+        )
 
     @functools.cached_property
     def needed_backward(self) -> set[fx.Node]:
@@ -210,9 +224,10 @@ class Planner:
     # -- what saving costs ---------------------------------------------------------------------------------------------
     def decide(self, node: fx.Node) -> Decision:
         """What is done with ``node`` if it is saved (the same answer whenever asked)."""
-        if node not in self._decisions:
-            self._decisions[node] = self._decide(node)
-        return self._decisions[node]
+        key = node, self._level_of(node) == "blocks"
+        if key not in self._decisions:
+            self._decisions[key] = self._decide(node)
+        return self._decisions[key]
 
     def _decide(self, node: fx.Node) -> Decision:
         if node.op == "placeholder":
@@ -230,6 +245,8 @@ class Planner:
         kind = kind_of(node)
         if kind == "exact":
             return Decision(kind, None, "must stay exact: integers, or read by exp in backward")
+        if kind != "mask" and self._level_of(node) == "blocks":
+            kind = BLOCK_INPUT
         return self._with_codec(node, kind)
 
     def _with_codec(self, node: fx.Node, kind: str) -> Decision:
@@ -259,7 +276,7 @@ class Planner:
         return Decision(kind, codec, f"{kind}: {milder or codec.name}")
 
     def save_cost(self, node: fx.Node) -> float:
-        """Bytes that are expected to be held if ``node`` is saved; infinite if it cannot be."""
+        """Bytes that are expected to be held if ``node`` is saved, with its codec's time; infinite if it cannot be."""
         if node.op == "placeholder":
             return 1e15 if node in self.mutated else 0.0
         if ops.is_symbol(node):
@@ -272,7 +289,14 @@ class Planner:
         size = self._size_under(decision.codec, node)
         if decision.parts is not None:  # the rest is for units that train, and buys accuracy
             return _PREFER_PARTS * self._size_under(decision.parts[0], node) + 1.0
-        return size * self.chance(node) + 1.0
+        return size * self.chance(node) + self.prices.bytes_for(self.codec_ms(node)) + 1.0
+
+    def codec_ms(self, node: fx.Node) -> float:
+        """Milliseconds to expect of encoding ``node`` and, if it is needed, decoding it; 0 without a codec."""
+        decision = self.decide(node)
+        codecs = [decision.codec] if decision.parts is None else [*decision.parts]
+        sizes = [self._size_under(codec, node) for codec in codecs if codec is not None]
+        return sum((1.0 + self.chance(node)) * self.prices.traffic_ms(nbytes(node) + size) for size in sizes)
 
     def _size_under(self, codec: Codec | None, node: fx.Node) -> float:
         if codec is None:
@@ -315,35 +339,32 @@ class Planner:
             return 0.0
         if node in self.boundaries:
             return math.inf
-        if ops.is_view(node) or ops.is_creation(node) or ops.is_getitem(node) or ops.is_symbol(node):
+        if self._is_free(node):
             return 0.0
-        if ops.is_matrix_product(node):
-            return self.recompute_price * self._product_price(node)
-        # a decision that is asked again of a decoded value could be answered otherwise
-        if not ops.is_cheap(node) or ops.is_decision(node):
+        if not self._may_run_again(node):
             return math.inf
-        discount = _BLOCKS_DISCOUNT if self._level_of(node) == "blocks" else 1.0
-        return self.recompute_price * discount * self._traffic_price(node) * self.chance(node)
+        return self.recompute_price * self._discount(node) * self.prices.bytes_for(self.again_ms(node))
 
-    def _traffic_price(self, node: fx.Node) -> float:
-        size = (
-            max([nbytes(node), *(nbytes(i) for i in node.all_input_nodes)]) if ops.is_reduction(node) else nbytes(node)
-        )
-        if ops.is_reduction(node):
-            return size * _PRICE_PER_BYTE["reduction"]
-        if ops.op_name(node) in _TRANSCENDENTAL:
-            return size * _PRICE_PER_BYTE["transcendental"]
-        return size * _PRICE_PER_BYTE["pointwise" if ops.is_pointwise(node) else "rearrange"]
+    @staticmethod
+    def _is_free(node: fx.Node) -> bool:
+        return ops.is_view(node) or ops.is_creation(node) or ops.is_getitem(node) or ops.is_symbol(node)
 
-    def _product_price(self, node: fx.Node) -> float:
-        """Products with a parameter run again only where that was asked for, attention scores of small heads always."""
+    def again_ms(self, node: fx.Node) -> float:
+        """Milliseconds that running ``node`` again is expected to take: products whatever is needed of them."""
+        return self.prices.operator_ms(node) * (1.0 if ops.is_matrix_product(node) else self.chance(node))
+
+    def _discount(self, node: fx.Node) -> float:
+        if self._level_of(node) != "blocks":
+            return 1.0
+        return _BLOCKS_PRODUCT_DISCOUNT if ops.is_matrix_product(node) else _BLOCKS_DISCOUNT
+
+    def _may_run_again(self, node: fx.Node) -> bool:
+        """Products with a parameter only where that was asked for, attention scores of small heads always."""
+        if not ops.is_matrix_product(node):
+            # a decision that is asked again of a decoded value could be answered otherwise
+            return ops.is_cheap(node) and not ops.is_decision(node)
+        if self._level_of(node) != "cheap":
+            return True
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
-        inner = hint(tensors[-1].meta["val"].shape[0 if tensors[-1].meta["val"].dim() == 2 else -2])
-        flops = 2.0 * hint(node.meta["val"].numel()) * inner
-        level = self._level_of(node)
-        if level in _ANY_PRODUCT_FLOPS_PER_BYTE:
-            return flops / _ANY_PRODUCT_FLOPS_PER_BYTE[level]
         of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
-        if ops.op_name(node) != "bmm" or not of_activations or inner > 256:
-            return math.inf
-        return flops / _FLOPS_PER_BYTE
+        return ops.op_name(node) == "bmm" and of_activations and inner_size(node) <= _LARGEST_SCORES

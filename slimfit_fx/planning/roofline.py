@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from slimfit_fx.graph import ops
@@ -90,29 +91,33 @@ def _shape(arg: Any) -> Any:
 
 def roofline_of(device: torch.device) -> Roofline:
     """The rates of ``device``: measured the first time, then read from beside Inductor's cache."""
-    path = _path(device)
+    from slimfit_fx.planning.store import kept_path, save_json
+
+    path = kept_path(_name(device))
     try:
         kept = json.loads(path.read_text())
         return Roofline(dict(kept["flops_per_s"]), float(kept["bytes_per_s"]))
     except (OSError, ValueError, KeyError, TypeError):
         found = measure(device)
-    from slimfit_fx.planning.store import save_json
-
     save_json(path, {"flops_per_s": dict(found.flops_per_s), "bytes_per_s": found.bytes_per_s})
     return found
 
 
 def measure(device: torch.device) -> Roofline:
-    """Time a matrix product in fp32 and bf16, and a copy; the best of a few rounds each."""
+    """Time a matrix product in fp32 and bf16, and a copy; the best of a few rounds each.
+
+    Also in the middle of a trace: no mode and no autograd is at work.
+    """
     flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
-        out = torch.empty_like(a)
-        seconds = _best(lambda a=a, out=out: torch.mm(a, a, out=out), device)  # type: ignore[misc]
-        flops[str(dtype).removeprefix("torch.")] = 2.0 * _MATRIX**3 / seconds
-    source = torch.zeros(_STREAM_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    return Roofline(flops, 2.0 * _STREAM_BYTES / _best(lambda: target.copy_(source), device))
+    with _disable_current_modes(), torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+            out = torch.empty_like(a)
+            seconds = _best(lambda a=a, out=out: torch.mm(a, a, out=out), device)  # type: ignore[misc]
+            flops[str(dtype).removeprefix("torch.")] = 2.0 * _MATRIX**3 / seconds
+        source = torch.zeros(_STREAM_BYTES // 4, device=device)
+        target = torch.empty_like(source)
+        return Roofline(flops, 2.0 * _STREAM_BYTES / _best(lambda: target.copy_(source), device))
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -131,8 +136,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _path(device: torch.device) -> Any:
-    from slimfit_fx.planning.store import kept_path
-
+def _name(device: torch.device) -> str:
+    """Names all that rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
-    return kept_path("roofline-" + "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}"))
+    name += f"-{torch.get_float32_matmul_precision()}-{torch.__version__}"
+    return "roofline-" + "".join(c if c.isalnum() else "-" for c in name)

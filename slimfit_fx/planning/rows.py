@@ -6,7 +6,9 @@ Formatting lives in ``table.py``. All sizes are bytes; a symbolic size counts wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +78,23 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class ExpectedTime:
+    """Milliseconds by the device's roofline, rounded (prices.py); of a step with gates closed by their chance."""
+
+    again_ms: float
+    """For operators that forward ran and backward runs again."""
+    codecs_ms: float
+    """For encoding and decoding."""
+    spared_ms: float
+    """Of matrix products that only closed units need."""
+
+    def __add__(self, other: ExpectedTime) -> ExpectedTime:
+        """That of both."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return ExpectedTime(*(a + b for a, b in pairs))
+
+
+@dataclass(frozen=True)
 class GraphPlan:
     """The plan of one captured graph; gates are numbers (a graph names no layer) until ``merge_plans`` names them."""
 
@@ -88,6 +107,8 @@ class GraphPlan:
     """Why the graph was left as it was, if it was."""
     note: str | None = None
     """What a user should know of how it was planned."""
+    time: ExpectedTime | None = None
+    """What recompute and codecs cost and closed units spare; None where nothing was planned."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -104,6 +125,7 @@ class GraphPlan:
             data["torch_compile_saved"],
             data["fallback"],
             data["note"],
+            None if data["time"] is None else ExpectedTime(**data["time"]),
         )
 
 
@@ -133,6 +155,8 @@ class MemoryPlan:
     before_unknown: str = ""
     expected_gradient_error: float | None = None
     """Relative error of the gradient to expect of the codecs in use (sensitivity.py); None if it is not known."""
+    time: ExpectedTime | None = None
+    """What recompute and codecs are expected to cost, and closed units to spare, in all graphs."""
 
     def with_comparison(self, before: Timeline | str) -> MemoryPlan:
         """The same plan with plain torch.compile's step beside it, or the reason why that is not known."""
@@ -220,6 +244,7 @@ def merge_plans(
     notes = tuple(f"graph {i} was left as it was: {g.fallback}" for i, g in enumerate(graphs) if g.fallback)
     notes += tuple(f"graph {i}: {g.note}" for i, g in enumerate(graphs) if g.note)
     refusals = tuple(r for g in graphs for r in g.refusals if not r[0].startswith("gate "))
+    times = [g.time for g in graphs if g.time is not None]
     return MemoryPlan(
         tuple(rows),
         unit_rows,
@@ -231,6 +256,7 @@ def merge_plans(
         refusals,
         notes,
         expected_gradient_error=_expected_error(rows),
+        time=functools.reduce(operator.add, times) if times else None,
     )
 
 

@@ -6,6 +6,7 @@ are expected to come to the root of the sum of squares, as independent errors do
 
     {"gelu_input": "int4", "normalised": "int8"}  ->  sqrt(0.065**2 + 0.018**2) = 0.067
 
+``block_input`` takes the place of the others where whole blocks are computed again: the worse of the two is expected.
 A kind counts with the largest error of all tasks. It is an expectation for models like those that were measured and no
 promise for any other.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from slimfit_fx.presets import PARTS, WHOLE_OF, told_apart
+from slimfit_fx.presets import BLOCK_INPUT, PARTS, WHOLE_OF, told_apart
 
 CodecMap = Mapping[str, str | None]
 """Kind of value -> name of its codec, or None: kept as it is."""
@@ -95,13 +96,14 @@ class Table:
         Squares of errors add up value by value, so a smaller share than on a measured task means less. None where
         nobody knows.
         """
-        if self.error_of(kind, codec) in (None, 0.0):
-            return self.error_of(kind, codec)
+        if kind == BLOCK_INPUT or self.error_of(kind, codec) in (None, 0.0):
+            return self.error_of(kind, codec)  # few bytes, from which all of a block is computed
         found = [(r.task, r.gradient_error) for r in self.rows if (r.kind, r.codec) == (kind, codec)]
         return max(error * math.sqrt(min(1.0, share / self._share(task, kind))) for task, error in found)
 
     def _share(self, task: str, kind: str) -> float:
-        whole = sum(self._largest(task, each) for each in self.kinds if each not in WHOLE_OF)
+        apart = {*WHOLE_OF, BLOCK_INPUT}  # counted with what they are a part of, or stand for
+        whole = sum(self._largest(task, each) for each in self.kinds if each not in apart)
         return self._largest(task, kind) / whole
 
     def _largest(self, task: str, kind: str) -> int:
@@ -128,7 +130,16 @@ def known() -> Table:
 
 def expected_error(codecs: CodecMap, table: Table | None = None) -> float | None:
     """The relative gradient error to expect of ``codecs``; None if one of them was never measured."""
-    return combine((table or known()).error_of(kind, codec) for kind, codec in told_apart(codecs).items())
+    return _worst_level(codecs, table or known())[0]
+
+
+def _worst_level(codecs: CodecMap, table: Table) -> tuple[float | None, CodecMap]:
+    """(error to expect, the codecs that lead to it): either of block inputs, or of all others."""
+    apart = told_apart(codecs)
+    blocks = {kind: codec for kind, codec in apart.items() if kind == BLOCK_INPUT}
+    levels = blocks, {kind: codec for kind, codec in apart.items() if kind != BLOCK_INPUT}
+    found = [(combine(table.error_of(*each) for each in level.items()), level) for level in levels]
+    return max(found, key=lambda each: math.inf if each[0] is None else each[0])
 
 
 def expected_of(stored: Mapping[tuple[str, str | None], int], table: Table | None = None) -> float | None:
@@ -167,10 +178,10 @@ def make_milder(codecs: CodecMap, bound: float, table: Table | None = None) -> d
     """
     table = table or known()
     chosen = {kind: codec for kind, codec in told_apart(codecs).items() if table.knows(kind)}
-    while (error := expected_error(chosen, table)) is None or error > bound:
-        if error is None:
+    while (found := _worst_level(chosen, table))[0] is None or found[0] > bound:
+        if found[0] is None:
             raise ValueError("; ".join(describe_unmeasured(chosen, table)))
-        kind, milder = _dearest(chosen, lambda kind: _next_milder(kind, chosen[kind], table), table)
+        kind, milder = _dearest(found[1], lambda kind: _next_milder(kind, chosen[kind], table), table)
         chosen[kind] = milder
     alike = [part for part in WHOLE_OF if part in codecs and part not in chosen and WHOLE_OF[part] in chosen]
     return chosen | {part: chosen[WHOLE_OF[part]] for part in alike}

@@ -88,7 +88,7 @@ def format_plan(plan: MemoryPlan, html: bool = False) -> str:
         parts.append(write.lines([f"Step peak: not known: {plan.peak_unknown}"]))
     in_parts = any(row.beside is not None for row in plan.rows)
     legend = _LEGEND + _PARTS_LEGEND * in_parts + (_PEAK_LEGEND if plan.peak is not None else ())
-    ends = (_units(plan), _accuracy(plan), _left_alone(plan), plan.notes, legend)
+    ends = (_units(plan), _accuracy(plan), _time(plan), _left_alone(plan), plan.notes, legend)
     parts += [write.lines(lines) for lines in ends if lines]
     return "\n\n".join(parts)
 
@@ -282,6 +282,16 @@ def _totals(plan: MemoryPlan) -> list[list[str]]:
     if t.torch_compile_saved is not None:
         table.append(["plain torch.compile saves", _mb(t.torch_compile_saved), "for the same graphs"])
     return table
+
+
+def _time(plan: MemoryPlan) -> list[str]:
+    t = plan.time
+    if t is None or not (t.again_ms or t.codecs_ms or t.spared_ms):
+        return []
+    return [
+        f"Time to expect by the roofline of this device: {t.again_ms:.3g} ms more for what runs again, "
+        f"{t.codecs_ms:.3g} ms more for codecs, {t.spared_ms:.3g} ms less for gradients of closed units."
+    ]
 
 
 def _peak(peak: PeakForecast) -> list[list[str]]:
