@@ -17,14 +17,14 @@ import slimfit_fx
 from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
 from slimfit_fx.planning import levels
-from slimfit_fx.planning.levels import Level, choose, shrink
+from slimfit_fx.planning.levels import Level, choose, shrink, spare
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.presets import RECOMPUTE
 
 
-def level(name: str, saved: float, again: float, *, blocks: int = 8, brought: float = 0.0) -> Level:
-    return Level(name, Planning(None), saved, again, 100.0, blocks, brought_back=brought)
+def level(name: str, saved: float, again: float, *, blocks=8, brought=0.0, error=0.0) -> Level:
+    return Level(name, Planning(None), saved, again, 100.0, blocks, brought_back=brought, error=error)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,25 @@ def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(brough
     monkeypatch.setattr(levels, "plan_level", lambda planner: planner)
     found = shrink(SimpleNamespace(at_level=lambda *chosen: chosen), whole, first)
     assert found == (None if share is None else whole if share == 1 else ("blocks", share))
+
+
+@pytest.mark.parametrize(
+    ("fewer", "all_of_them"),
+    [
+        (level("blocks", 58.0, 1.0, error=0.031), False),  # 60 against 58: not worth the time
+        (level("blocks", 50.0, 1.0, brought=12.0), True),  # attention scores of the last block come back anyway
+        (level("blocks", 51.0, 1.0, error=0.245), True),  # where blocks do not run again, four bits are kept
+    ],
+)
+def test_the_last_blocks_are_spared_unless_all_cost_less(fewer, all_of_them, monkeypatch):
+    monkeypatch.setattr(levels, "shrink", lambda *_: fewer)
+    whole = level("blocks", 32.0, 2.0, brought=25.0, error=0.023)
+    assert spare(None, whole, level("cheap", 196.0, 0.0)) is (whole if all_of_them else fewer)
+
+
+def test_a_level_is_as_dear_as_what_it_loses():
+    rough, fine = level("cheap", 50.0, 0.0, error=0.2), level("blocks", 40.0, 1.0, brought=15.0, error=0.02)
+    assert rough.peak_bytes < fine.peak_bytes and choose([rough, fine]) is fine
 
 
 def test_a_level_that_saves_nothing_is_dropped():

@@ -9,6 +9,10 @@ The peak falls where backward begins: all that is saved is there, and what the l
 backward. So the last blocks, as many as save no more than the largest product that one of them brings back, need not
 run again: ``shrink``. (With the sum of these products instead, BERT-base of 12 layers took 8% less time, but measured
 steps under ILS peaked a tenth higher.)
+
+Accuracy has a price, too: a level counts with its bytes times 1 + the relative gradient error to expect of its codecs.
+What blocks are computed again from is stored in eight bits by every preset, so under one of four bits these blocks lose
+less, and the last ones run again as well.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.planning.planner import Planner, Planning
 from slimfit_fx.planning.roofline import node_flops
+from slimfit_fx.planning.sensitivity import expected_of
 
+_WORTH_ITS_TIME = 0.95
+"""Times what a level costs in fewer blocks it must cost at most in all of them, for these to run again."""
 _SHARE_SPENT = 0.9
 """Of the operations that are spared, what may be spent on running products again; pointwise work takes the rest."""
 
@@ -44,11 +51,18 @@ class Level:
     """Of the blocks, from the first on: where the level holds."""
     brought_back: float = 0.0
     """Of the largest product that runs again for the last block's backward, where peaks fall; others come and go."""
+    error: float = 0.0
+    """The relative gradient error to expect of its codecs; 0 where that is not known."""
 
     @property
     def peak_bytes(self) -> float:
         """What is there when backward begins, as far as levels differ."""
         return self.saved_bytes + self.brought_back
+
+    @property
+    def cost(self) -> float:
+        """Bytes at the peak, with a price on what codecs lose."""
+        return self.peak_bytes * (1.0 + self.error)
 
 
 def plan_level(planner: Planner) -> Level:
@@ -66,7 +80,17 @@ def plan_level(planner: Planner) -> Level:
         blocks=len(windows),
         share=planner.recompute_share,
         brought_back=max((planner.chance(n) * nbytes(n) for n in again if ops.is_matrix_product(n)), default=0.0),
+        error=_error_of(planning),
     )
+
+
+def _error_of(planning: Planning) -> float:
+    stored: dict[tuple[str, str | None], int] = {}
+    for node, decision in planning.decisions.items():
+        kept_as = decision.codec if decision.parts is None else decision.parts[0]
+        key = decision.kind, None if kept_as is None else kept_as.name
+        stored[key] = stored.get(key, 0) + nbytes(node)
+    return expected_of(stored) or 0.0
 
 
 def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
@@ -79,8 +103,14 @@ def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
     return plan_level(planner.at_level(level.name, 1 - spared / level.blocks)) if spared else level
 
 
+def spare(planner: Planner, level: Level, first: Level) -> Level | None:
+    """``shrink``, unless all blocks cost less: something large is brought back anyway, or fewer bits would be kept."""
+    fewer = shrink(planner, level, first)
+    return level if fewer is not None and level.cost < _WORTH_ITS_TIME * fewer.cost else fewer
+
+
 def choose(found: Sequence[Level]) -> Level:
-    """Of levels in rising order of recompute the one with the least at the peak among those the closed units pay for.
+    """Of levels in rising order of recompute the one that costs least among those the closed units pay for.
 
     The first costs nothing extra by definition: others are held against it.
     """
@@ -89,13 +119,13 @@ def choose(found: Sequence[Level]) -> Level:
     def is_paid(level: Level) -> bool:
         return level is first or (level.blocks > 0 and level.again - first.again <= _SHARE_SPENT * first.spared)
 
-    return min(filter(is_paid, found), key=lambda level: level.peak_bytes)
+    return min(filter(is_paid, found), key=lambda level: level.cost)
 
 
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note if it is not the first."""
     first, *more = (plan_level(planner.at_level(name)) for name in names)
-    chosen = choose([first, *filter(None, (shrink(planner, level, first) for level in more))])
+    chosen = choose([first, *filter(None, (spare(planner, level, first) for level in more))])
     if chosen.name == first.name:
         return chosen.planning
     note = f'recompute "auto": {chosen.name}'
