@@ -42,8 +42,8 @@ def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout
     refusals = tuple(cones.refusals) + missing
     if planning is not None and planning.refusal:
         refusals += (("the graph", planning.refusal),)
-    note, time = (None, None) if planning is None else (planning.note, planning.time)
-    return GraphPlan(tuple(rows), refusals, gated, note=note, time=time)
+    told = planning or Planning(None)
+    return GraphPlan(tuple(rows), refusals, gated, note=told.note, time=told.time, blocks=told.blocks)
 
 
 def _why_missing(cones: ConePlan, gate: int) -> str:

@@ -20,7 +20,7 @@ import slimfit_fx
 from bench import budget as budget_bench
 from bench import plan_big
 from slimfit_fx.capture.captured import CapturedGraph
-from slimfit_fx.capture.fit import Attempt, first_that_fits
+from slimfit_fx.capture.fit import Attempt, first_that_fits, with_fewer_blocks
 from slimfit_fx.capture.partitioner import GatedPartitioner, PlanTooLarge
 from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
@@ -29,6 +29,7 @@ from slimfit_fx.planning.budget import (
     FixedBytes,
     Judged,
     MemoryBudgetError,
+    between,
     budget_bytes,
     candidates,
     explain,
@@ -36,6 +37,7 @@ from slimfit_fx.planning.budget import (
     held_alone,
     judge,
     parse_bytes,
+    place_of,
     rate_that_leaves,
 )
 from slimfit_fx.planning.peak import Event, StepTrace
@@ -487,6 +489,63 @@ def test_too_many_saved_bytes_are_seen_before_any_code_is_written():
     assert held_with() == held
     assert held_with(count=2) == held + 0.9 * 30
     assert held_with(accumulates=True) == held + 7
+
+
+def shares(found: list[Config]) -> list[tuple[str, float]]:
+    return [(one.recompute, one.recompute_share) for one in found]
+
+
+def test_between_two_candidates_are_numbers_of_blocks():
+    tried = candidates(Config(preset="balanced"))
+    at = {share: one for one, share in zip(tried, shares(tried), strict=True) if one.preset == "balanced"}
+    assert shares(between(tried, at["products", 0.5], 12)) == [("products", 4 / 12), ("products", 5 / 12)]
+    assert shares(between(tried, at["products", 0.25], 24)) == [("products", k / 24) for k in (2, 3, 4)]
+    assert between(tried, at["products", 0.5], 4) == [] and between(tried, at["products", 0.5], 0) == []
+    assert between(tried, at["cheap", 1.0], 12) == [], "nothing runs less again"
+    assert between(tried, at["blocks", 0.5], 12) == [], "products in all blocks come before it, which is another thing"
+    exact = next(one for one in tried if one.preset == "exact" and one.recompute == "products")
+    assert shares(between(tried, exact, 12)) == [("products", 3 / 12), ("products", 6 / 12), ("products", 9 / 12)]
+
+
+def test_what_lies_between_stands_where_the_next_one_does():
+    tried = candidates(Config(preset="balanced"))
+    for config in tried:
+        assert place_of(config, tried) == tried.index(config)
+        for one in between(tried, config, 12):
+            assert place_of(one, tried) == tried.index(config) and one not in tried
+
+
+@given(
+    more=st.lists(st.integers(0, 40), min_size=60, max_size=60),
+    blocks=st.integers(0, 13),
+    limits=st.lists(st.integers(0, 70), min_size=2, max_size=2).map(sorted),
+)
+def test_fewer_blocks_are_tried_and_a_smaller_budget_never_peaks_higher(more, blocks, limits):
+    """Whatever steps take, even where they take more though more runs again."""
+    tried = candidates(Config(preset="balanced"))
+    places = {repr(one): 2 * (len(tried) - i) for i, one in enumerate(tried)}
+    places |= {repr(o): places[repr(one)] + 1 for one in tried for o in between(tried, one, blocks)}
+    takes = {name: held + extra for (name, held), extra in zip(places.items(), more, strict=False)}
+
+    def chosen(limit: int) -> tuple[int, Config]:
+        def attempt(configs, gives_up):
+            for config in configs:
+                plan = dataclasses.replace(held_row(places[repr(config)]), blocks=blocks)
+                if gives_up is None or not gives_up(config, plan):
+                    return Attempt(config, plan, (), TRACE, TRACE, Judged(config, 0, takes[repr(config)]))
+            raise PlanTooLarge
+
+        budget = Budget(limit, 1, lambda _: FixedBytes(0, 0, 0, 0))
+        found, holds = first_that_fits(tried, attempt, budget)
+        if not holds:
+            return limit, found.config
+        better = with_fewer_blocks(found, tried, attempt, budget)
+        assert found.judged.total_bytes <= better.judged.total_bytes <= limit
+        assert better is found or better.config in between(tried, found.config, blocks)
+        return better.judged.total_bytes, better.config
+
+    smaller, larger = map(chosen, limits)
+    assert smaller[0] <= larger[0] or takes[repr(smaller[1])] > limits[0]
 
 
 @given(

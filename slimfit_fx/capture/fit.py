@@ -17,7 +17,7 @@ import torch
 from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout, hint
-from slimfit_fx.planning.budget import Budget, Judged, held_alone
+from slimfit_fx.planning.budget import Budget, Judged, between, held_alone
 from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
@@ -95,6 +95,27 @@ def first_that_fits(configs: Sequence[Config], attempt: AttemptMaker, budget: Bu
             seen.append(attempt([config], None))
             log.info("budget: %s takes %d bytes", config.label, seen[-1].judged.total_bytes)
     return min(seen, key=lambda a: a.judged.total_bytes), False
+
+
+def with_fewer_blocks(found: Attempt, tried: Sequence[Config], attempt: AttemptMaker, budget: Budget) -> Attempt:
+    """``found``, or what fits as well and runs fewer blocks again, down to the candidate before it, which does not fit.
+
+    What takes less than ``found`` though it runs less again is left aside, so that a smaller budget still never leads
+    to a larger peak: whoever takes it up has found something that takes no more.
+    """
+
+    def gives_up(config: Config, plan: GraphPlan) -> bool:
+        return held_alone(plan, budget) > budget.limit
+
+    for config in between(tried, found.config, found.plan.blocks):
+        try:
+            other = attempt([config], gives_up)
+        except PlanTooLarge:
+            continue
+        log.info("budget: %s takes %d bytes", config.label, other.judged.total_bytes)
+        if found.judged.total_bytes <= other.judged.total_bytes <= budget.limit:
+            return other
+    return found
 
 
 def trace_at(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo import symbolic_convert
 
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
-from slimfit_fx.capture.fit import Attempt, PlanOutgrown, SizeWatch, first_that_fits, fits, trace_at
+from slimfit_fx.capture.fit import Attempt, PlanOutgrown, SizeWatch, first_that_fits, fits, trace_at, with_fewer_blocks
 from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
@@ -38,6 +38,7 @@ from slimfit_fx.planning.budget import (
     explain,
     explain_part,
     judge,
+    place_of,
 )
 from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
 from slimfit_fx.planning.peak import StepTrace
@@ -94,8 +95,11 @@ class UnderBudget:
             return again.judged, again.step
 
         self._beside = self.budget.fixed()
-        found, holds = first_that_fits(candidates(self.config)[self.floor :], attempt, self.budget)
-        if not holds:
+        tried = candidates(self.config)[self.floor :]
+        found, holds = first_that_fits(tried, attempt, self.budget)
+        if holds:
+            found = with_fewer_blocks(found, tried, attempt, self.budget)
+        else:
             batch = next((int(v.shape[0]) for v in example_inputs if _is_data(v)), None)
             self._go_on_or_refuse(captured, found, batch, retry)
         self._planned = True
@@ -132,7 +136,7 @@ class UnderBudget:
         """
         tried = candidates(self.config)
         floor = tried.index(found.config)
-        chosen = [tried.index(graph.chosen) for graph in others if graph.chosen is not None]
+        chosen = [place_of(graph.chosen, tried) for graph in others if graph.chosen is not None]
         if floor <= self.floor or min(chosen, default=floor) >= floor or not self.budget.update_fits():
             return False
         self.floor, self.outgrown = floor, True
@@ -214,7 +218,7 @@ class UnderBudget:
         """Try the settings of ``captured`` no more, with a warning; False if nothing smaller is left, or would help."""
         tried = candidates(self.config)
         assert captured.chosen is not None
-        floor = max(self.floor, tried.index(captured.chosen) + 1)
+        floor = max(self.floor, place_of(captured.chosen, tried) + (captured.chosen in tried))
         if floor >= len(tried) or self.exhausted or not self.budget.update_fits():
             return False
         self.floor = floor

@@ -32,6 +32,8 @@ _WEAKER = {"exact": (), "paper": ("exact",), "balanced": ("exact",), "max": ("ex
 """Presets that lose less than the one asked for, the most exact first."""
 _MIXED = 2
 """How many maps are tried between two presets."""
+_NUMBERS_TRIED = 3
+"""Between two shares of the blocks, how many numbers of blocks are tried."""
 _RATES = 3
 """How many freeze rates are tried before none is proposed."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
@@ -187,6 +189,38 @@ def _recompute_steps(config: Config) -> list[tuple[str, float]]:
     own = (config.recompute, config.recompute_share)
     order = list(RECOMPUTE_SHARES)
     return [own, *(s for s in steps if (order.index(s[0]), s[1]) > (order.index(own[0]), own[1]))]
+
+
+def between(tried: Sequence[Config], config: Config, blocks: int) -> list[Config]:
+    """Settings between ``config``, one of ``tried``, and what precedes it with the same codecs: fewer blocks run again.
+
+    ``blocks``: how many the model has. A few, spread evenly over their numbers, fewest blocks first; none where the two
+    differ in more than that. What they are does not depend on the budget.
+    """
+    alike = [one for one in tried[: tried.index(config)] if _same_codecs(one, config)]
+    if not alike or alike[-1].recompute not in ("cheap", config.recompute):
+        return []
+    least = 0.0 if alike[-1].recompute == "cheap" else alike[-1].recompute_share
+    numbers = range(math.floor(least * blocks + 1e-9) + 1, math.ceil(config.recompute_share * blocks - 1e-9))
+    count = min(_NUMBERS_TRIED, len(numbers))
+    chosen = [numbers[(k + 1) * len(numbers) // (count + 1)] for k in range(count)]
+    return [dataclasses.replace(config, recompute_share=number / blocks) for number in chosen]
+
+
+def place_of(config: Config, tried: Sequence[Config]) -> int:
+    """Where ``config`` stands in ``tried``; of settings in between, where those stand that come next."""
+    if config in tried:
+        return tried.index(config)
+    later = (
+        i
+        for i, one in enumerate(tried)
+        if one.recompute == config.recompute and one.recompute_share >= config.recompute_share
+    )
+    return next(i for i in later if _same_codecs(tried[i], config))
+
+
+def _same_codecs(one: Config, other: Config) -> bool:
+    return (one.preset, one.codec_map) == (other.preset, other.codec_map)
 
 
 def _by_error(config: Config) -> list[Config]:

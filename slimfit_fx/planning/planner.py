@@ -68,6 +68,8 @@ class Planning:
     """What a user should know of how it was planned."""
     time: ExpectedTime | None = None
     """What it is expected to cost and to spare."""
+    blocks: int = 0
+    """How many repeated blocks were found; 0 where only cheap work runs again."""
 
 
 def effective_gates(serves: frozenset[int]) -> frozenset[int]:
@@ -194,7 +196,9 @@ class Planner:
             for n in self.joint.graph.nodes
             if n in cut.recomputed and n in self.forward and any(u in needed for u in n.users)
         )
-        return Planning(cut, {n: self.decide(n) for n in cut.saved}, recomputed_reads=reads, time=self._time(cut))
+        decisions = {n: self.decide(n) for n in cut.saved}
+        blocks = 0 if self.recompute == "cheap" else len(self.blocks.windows)
+        return Planning(cut, decisions, recomputed_reads=reads, time=self._time(cut), blocks=blocks)
 
     def _time(self, cut: Cut) -> ExpectedTime:
         again = (n for n in cut.recomputed & self.forward if n.op == "call_function" and not self._is_free(n))

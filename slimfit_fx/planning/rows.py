@@ -109,6 +109,8 @@ class GraphPlan:
     """What a user should know of how it was planned."""
     time: ExpectedTime | None = None
     """What recompute and codecs cost and closed units spare; None where nothing was planned."""
+    blocks: int = 0
+    """How many repeated blocks were found; 0 also where nobody looked, since only cheap work runs again."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -126,6 +128,7 @@ class GraphPlan:
             data["fallback"],
             data["note"],
             None if data["time"] is None else ExpectedTime(**data["time"]),
+            data["blocks"],
         )
 
 
