@@ -37,7 +37,12 @@ class Reference:
     first: tuple[Tensor, Gradients]
 
 
-@pytest.fixture(scope="module", params=hf_models.CONFIGS)
+ALIKE = ("deit", "electra", "roberta")
+"""Whose graphs differ little from those of vit and bert."""
+NAMES = [pytest.param(n, marks=pytest.mark.thorough) if n in ALIKE else n for n in hf_models.CONFIGS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def reference(request):
     """One architecture without us, and its first step: compiled once for all tests of it."""
     model, batch = hf_models.build(request.param), hf_models.batch(request.param)

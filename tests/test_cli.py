@@ -249,6 +249,7 @@ def test_every_command_about_a_model_has_the_same_options():
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_front_for_real(tmp_path, monkeypatch):
     """Fewer points than a user gets: each is a dry run."""
     monkeypatch.setattr("slimfit_fx.tradeoff._STEPS", (("cheap", 1.0),))
