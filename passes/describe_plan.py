@@ -115,7 +115,7 @@ def _recomputed_row(node: fx.Node) -> PlanRow:
         dtype=str(node.meta["val"].dtype).removeprefix("torch."),
         decision="recompute",
         codec=None,
-        reason="cheap to compute again from what is saved",
+        reason="computed again from what is saved",
         bytes_before=nbytes(node),
         bytes_open=0,
         bytes_closed=0,

@@ -289,9 +289,13 @@ def _time(plan: MemoryPlan) -> list[str]:
     if t is None or not (t.again_ms or t.codecs_ms or t.spared_ms):
         return []
     return [
-        f"Time to expect by the roofline of this device: {t.again_ms:.3g} ms more for what runs again, "
-        f"{t.codecs_ms:.3g} ms more for codecs, {t.spared_ms:.3g} ms less for gradients of closed units."
+        f"Time to expect by the roofline of this device: {_ms(t.again_ms)} more for what runs again, "
+        f"{_ms(t.codecs_ms)} more for codecs, {_ms(t.spared_ms)} less for gradients of closed units."
     ]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
 
 def _peak(peak: PeakForecast) -> list[list[str]]:
