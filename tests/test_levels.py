@@ -80,7 +80,16 @@ def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(brough
 def test_the_last_blocks_are_spared_unless_all_cost_less(fewer, all_of_them, monkeypatch):
     monkeypatch.setattr(levels, "shrink", lambda *_: fewer)
     whole = level("blocks", 32.0, 2.0, brought=25.0, error=0.023)
-    assert spare(None, whole, level("cheap", 196.0, 0.0)) is (whole if all_of_them else fewer)
+    assert spare(None, whole, level("cheap", 196.0, 0.0)) == [fewer, whole][: 1 + all_of_them]
+
+
+def test_a_level_that_saves_nothing_is_spared_in_all_blocks():
+    assert spare(None, level("blocks", 80.0, 0.0), level("cheap", 80.0, 0.0)) == []
+
+
+def test_what_is_not_paid_in_all_blocks_runs_again_in_fewer():
+    found = [level("cheap", 196.0, 0.0), level("blocks", 50.0, 80.0, brought=12.0), level("blocks", 32.0, 95.0)]
+    assert choose(found) is found[1]
 
 
 def test_a_level_is_as_dear_as_what_it_loses():

@@ -26,6 +26,7 @@ from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.planning.planner import Planner, Planning
 from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.planning.sensitivity import expected_of
+from slimfit_fx.presets import PARTS
 
 _WORTH_ITS_TIME = 0.95
 """Times what a level costs in fewer blocks it must cost at most in all of them, for these to run again."""
@@ -87,9 +88,12 @@ def plan_level(planner: Planner) -> Level:
 def _error_of(planning: Planning) -> float:
     stored: dict[tuple[str, str | None], int] = {}
     for node, decision in planning.decisions.items():
-        kept_as = decision.codec if decision.parts is None else decision.parts[0]
-        key = decision.kind, None if kept_as is None else kept_as.name
-        stored[key] = stored.get(key, 0) + nbytes(node)
+        kept_as = [(decision.kind, decision.codec)]
+        if decision.parts is not None:  # what units read was not measured apart: it loses less than all of them
+            kept_as = [(PARTS[decision.kind][0], decision.parts[0]), (decision.kind, decision.parts[1])]
+        for kind, codec in kept_as:
+            key = kind, None if codec is None else codec.name
+            stored[key] = stored.get(key, 0) + nbytes(node)
     return expected_of(stored) or 0.0
 
 
@@ -103,10 +107,15 @@ def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
     return plan_level(planner.at_level(level.name, 1 - spared / level.blocks)) if spared else level
 
 
-def spare(planner: Planner, level: Level, first: Level) -> Level | None:
-    """``shrink``, unless all blocks cost less: something large is brought back anyway, or fewer bits would be kept."""
+def spare(planner: Planner, level: Level, first: Level) -> list[Level]:
+    """``level`` in fewer blocks, and in all of them if these cost less.
+
+    So they do where something large is brought back anyway, or where the last blocks would be stored in fewer bits.
+    """
     fewer = shrink(planner, level, first)
-    return level if fewer is not None and level.cost < _WORTH_ITS_TIME * fewer.cost else fewer
+    if fewer is None:
+        return []
+    return [fewer, level] if level.cost < _WORTH_ITS_TIME * fewer.cost else [fewer]
 
 
 def choose(found: Sequence[Level]) -> Level:
@@ -125,7 +134,7 @@ def choose(found: Sequence[Level]) -> Level:
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note if it is not the first."""
     first, *more = (plan_level(planner.at_level(name)) for name in names)
-    chosen = choose([first, *filter(None, (spare(planner, level, first) for level in more))])
+    chosen = choose([first, *(one for level in more for one in spare(planner, level, first))])
     if chosen.name == first.name:
         return chosen.planning
     note = f'recompute "auto": {chosen.name}'
