@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -224,7 +224,8 @@ def make_planner(work: Work, settings: Settings) -> Planner:
 
 def _plan(work: Work, settings: Settings) -> int:
     planner, levels = make_planner(work, settings), settings.recompute
-    work.planning = planner.plan() if len(levels) == 1 else plan_paid(levels, planner)
+    planning = planner.plan() if len(levels) == 1 else plan_paid(levels, planner)
+    work.planning = replace(planning, time=planner.expected_time(planning))
     return tag_cut(work.joint.module, work.planning)
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.planning.planner import Planner, Planning
-from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.presets import PARTS
 
@@ -76,8 +75,8 @@ def plan_level(planner: Planner) -> Level:
         planner.recompute,
         planning,
         saved_bytes=math.inf if cut is None else sum(planner.save_cost(n) for n in cut.saved),
-        again=0.0 if cut is None else sum(planner.chance(n) * node_flops(n) for n in cut.recomputed & planner.forward),
-        spared=sum((1.0 - planner.chance(n)) * node_flops(n) for n in planner.needed_backward),
+        again=0.0 if cut is None else sum(map(planner.expected_flops, cut.recomputed & planner.forward)),
+        spared=planner.spared_flops,
         blocks=len(windows),
         share=planner.recompute_share,
         brought_back=max((planner.chance(n) * nbytes(n) for n in again if ops.is_matrix_product(n)), default=0.0),
@@ -134,8 +133,12 @@ def choose(found: Sequence[Level]) -> Level:
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note if it is not the first."""
     first, *more = (plan_level(planner.at_level(name)) for name in names)
-    chosen = choose([first, *(one for level in more for one in spare(planner, level, first))])
-    if chosen.name == first.name:
+    chosen = first
+    for level in sorted(more, key=lambda level: level.cost):
+        chosen = choose([first, *spare(planner, level, first)])
+        if chosen is not first:  # the others cost more: they are not planned again in fewer blocks
+            break
+    if chosen is first:
         return chosen.planning
     note = f'recompute "auto": {chosen.name}'
     if chosen.share < 1:

@@ -22,6 +22,7 @@ from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 from slimfit_fx.planning.prices import Prices, inner_size
+from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.planning.rows import ExpectedTime
 from slimfit_fx.presets import BLOCK_INPUT, PARTS
 
@@ -148,11 +149,13 @@ class Planner:
         self.mutated = {n.args[0] for n in joint.graph.nodes if ops.op_name(n) == "copy_"}
         self.tainted = mask_tainted(joint.graph)
         self._decisions: dict[tuple[fx.Node, bool], Decision] = {}
+        self._save_costs: dict[tuple[fx.Node, bool], float] = {}
+        self._flops: dict[fx.Node, float] = {}
         self._chances: dict[fx.Node, float] = {}
 
     def at_level(self, recompute: str, share: float = 1.0) -> Planner:
         """The same planner, with this to run again at most; what does not depend on it is shared."""
-        _ = self.blocks, self.needed_backward
+        _ = self.blocks, self.needed_backward, self.spared_flops
         other = copy.copy(self)
         other.recompute, other.recompute_share = recompute, share
         vars(other).pop("early", None)
@@ -198,13 +201,17 @@ class Planner:
         )
         decisions = {n: self.decide(n) for n in cut.saved}
         blocks = 0 if self.recompute == "cheap" else len(self.blocks.windows)
-        return Planning(cut, decisions, recomputed_reads=reads, time=self._time(cut), blocks=blocks)
+        return Planning(cut, decisions, recomputed_reads=reads, blocks=blocks)
 
-    def _time(self, cut: Cut) -> ExpectedTime:
+    def expected_time(self, planning: Planning) -> ExpectedTime | None:
+        """What a planning of this graph, at any level, is expected to cost, and closed units to spare."""
+        cut = planning.cut
+        if cut is None:
+            return None
         again = (n for n in cut.recomputed & self.forward if n.op == "call_function" and not self._is_free(n))
         return ExpectedTime(
             again_ms=math.fsum(self.chance(n) * self.prices.operator_ms(n) for n in again),
-            codecs_ms=math.fsum(map(self.codec_ms, cut.saved)),
+            codecs_ms=math.fsum(self.codec_ms(n, decision) for n, decision in planning.decisions.items()),
             spared_ms=math.fsum(
                 (1.0 - self.chance(n)) * self.prices.operator_ms(n)
                 for n in self.needed_backward
@@ -224,6 +231,17 @@ class Planner:
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         return needed
+
+    def expected_flops(self, node: fx.Node) -> float:
+        """Operations of a product in ``node``, by the chance that it is needed."""
+        if node not in self._flops:
+            self._flops[node] = node_flops(node)
+        return self._flops[node] and self._flops[node] * self.chance(node)
+
+    @functools.cached_property
+    def spared_flops(self) -> float:
+        """Operations of products that only closed units need, as far as they are expected to be closed."""
+        return sum(node_flops(n) * (1.0 - self.chance(n)) for n in self.needed_backward if node_flops(n))
 
     # -- what saving costs ---------------------------------------------------------------------------------------------
     def decide(self, node: fx.Node) -> Decision:
@@ -281,6 +299,12 @@ class Planner:
 
     def save_cost(self, node: fx.Node) -> float:
         """Bytes that are expected to be held if ``node`` is saved, with its codec's time; infinite if it cannot be."""
+        key = node, self._level_of(node) == "blocks"
+        if key not in self._save_costs:
+            self._save_costs[key] = self._save_cost(node)
+        return self._save_costs[key]
+
+    def _save_cost(self, node: fx.Node) -> float:
         if node.op == "placeholder":
             return 1e15 if node in self.mutated else 0.0
         if ops.is_symbol(node):
@@ -293,11 +317,10 @@ class Planner:
         size = self._size_under(decision.codec, node)
         if decision.parts is not None:  # the rest is for units that train, and buys accuracy
             return _PREFER_PARTS * self._size_under(decision.parts[0], node) + 1.0
-        return size * self.chance(node) + self.prices.bytes_for(self.codec_ms(node)) + 1.0
+        return size * self.chance(node) + self.prices.bytes_for(self.codec_ms(node, decision)) + 1.0
 
-    def codec_ms(self, node: fx.Node) -> float:
+    def codec_ms(self, node: fx.Node, decision: Decision) -> float:
         """Milliseconds to expect of encoding ``node`` and, if it is needed, decoding it; 0 without a codec."""
-        decision = self.decide(node)
         codecs = [decision.codec] if decision.parts is None else [*decision.parts]
         sizes = [self._size_under(codec, node) for codec in codecs if codec is not None]
         return sum((1.0 + self.chance(node)) * self.prices.traffic_ms(nbytes(node) + size) for size in sizes)
