@@ -22,12 +22,12 @@ from slimfit_fx.planning.budget import (
     Budget,
     Judged,
     MemoryBudgetError,
-    candidates,
     describe_step,
     format_bytes,
     held_alone,
     judge,
 )
+from slimfit_fx.planning.candidates import candidates
 from slimfit_fx.planning.rows import MemoryPlan
 from slimfit_fx.planning.search import largest_batch
 from slimfit_fx.rehearsal import Rehearsal, known_step

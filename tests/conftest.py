@@ -78,4 +78,4 @@ def reference_prices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cheap_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets try presets, but not to run products or blocks again: a third of the plans."""
-    monkeypatch.setattr("slimfit_fx.planning.budget.RECOMPUTE_SHARES", {"cheap": (1.0,)})
+    monkeypatch.setattr("slimfit_fx.planning.candidates.RECOMPUTE_SHARES", {"cheap": (1.0,)})

@@ -29,17 +29,15 @@ from slimfit_fx.planning.budget import (
     FixedBytes,
     Judged,
     MemoryBudgetError,
-    between,
     budget_bytes,
-    candidates,
     explain,
     fixed_bytes,
     held_alone,
     judge,
     parse_bytes,
-    place_of,
     rate_that_leaves,
 )
+from slimfit_fx.planning.candidates import between, candidates, place_of
 from slimfit_fx.planning.peak import Event, StepTrace
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, PlanRow
 from slimfit_fx.schedule import UnitInfo, make_scheduler

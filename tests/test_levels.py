@@ -14,13 +14,15 @@ from small_models import Tiny, tokens
 from torch import nn
 
 import slimfit_fx
+from slimfit_fx.capture.partitioner import settings_of
 from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
+from slimfit_fx.passes import pipeline
 from slimfit_fx.planning import levels
 from slimfit_fx.planning.levels import Level, choose, shrink, spare
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.roofline import node_flops
-from slimfit_fx.presets import RECOMPUTE
+from slimfit_fx.presets import BLOCK_INPUT, RECOMPUTE
 
 
 def level(name: str, saved: float, again: float, *, blocks=8, brought=0.0, error=0.0) -> Level:
@@ -132,6 +134,26 @@ def test_blocks_are_cut_where_the_least_runs_again():
     bench = stopped_after("split_joint", post_norm(), (ids, torch.ones_like(ids)), recompute="blocks", preset="exact")
     shapes = again(bench)
     assert shapes.count((256, 1024)) == 5 and shapes.count((1024, 256)) <= 1
+
+
+def test_no_codec_touches_where_blocks_run_again_what_it_must_not_touch():
+    """What must stay exact, random numbers, masks and what may hold mask constants is stored as without."""
+    ids = tokens(batch=8)[0]
+    bench = stopped_after("tag_liveness", post_norm(depth=3), (ids, torch.ones_like(ids)))
+    planner = pipeline.make_planner(bench.work, settings_of(Config(preset="max", recompute="cheap", min_bytes=0)))
+    blocks = planner.at_level("blocks")
+    assert blocks.blocks.windows
+    seen = set()
+    for node in filter(ops.is_tensor, planner.forward):
+        cheap, again = planner.decide(node), blocks.decide(node)
+        barred = node in planner.tainted or ops.is_random(node) or cheap.kind in ("exact", "mask", "input", "output")
+        if barred or not node.meta["val"].dtype.is_floating_point:
+            seen.add(cheap.kind)
+            assert again.codec is None or again.codec.lossless, node
+            assert (again.codec, again.parts) == (cheap.codec, cheap.parts) and again.kind in (cheap.kind, BLOCK_INPUT)
+        elif again.codec is not None and not again.codec.lossless:
+            assert (again.kind, again.codec.name, again.parts) == (BLOCK_INPUT, "int8", None)
+    assert {"mask", "input"} <= seen and planner.tainted & planner.forward
 
 
 @pytest.mark.parametrize(("freeze_rate", "expected"), [(0.9, ['graph 0: recompute "auto": products']), (0.2, [])])

@@ -15,7 +15,7 @@ from small_models import Tiny, tokens
 import slimfit_fx
 from bench import report, sensitivity
 from slimfit_fx.config import Config
-from slimfit_fx.planning.budget import candidates
+from slimfit_fx.planning.candidates import candidates
 from slimfit_fx.planning.sensitivity import (
     Measured,
     Table,

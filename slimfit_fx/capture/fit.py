@@ -17,7 +17,8 @@ import torch
 from slimfit_fx.capture.partitioner import GivesUp, PlanTooLarge
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout, hint
-from slimfit_fx.planning.budget import Budget, Judged, between, held_alone
+from slimfit_fx.planning.budget import Budget, Judged, held_alone
+from slimfit_fx.planning.candidates import between
 from slimfit_fx.planning.dry_run import GeneratedCode, codes_at, trace_step
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan

@@ -33,13 +33,12 @@ from slimfit_fx.planning.budget import (
     Judged,
     MemoryBudgetError,
     Retry,
-    candidates,
     describe_excess,
     explain,
     explain_part,
     judge,
-    place_of,
 )
+from slimfit_fx.planning.candidates import candidates, place_of
 from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan

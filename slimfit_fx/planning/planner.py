@@ -235,13 +235,13 @@ class Planner:
     def expected_flops(self, node: fx.Node) -> float:
         """Operations of a product in ``node``, by the chance that it is needed."""
         if node not in self._flops:
-            self._flops[node] = node_flops(node)
-        return self._flops[node] and self._flops[node] * self.chance(node)
+            self._flops[node] = self.chance(node) * node_flops(node)
+        return self._flops[node]
 
     @functools.cached_property
     def spared_flops(self) -> float:
         """Operations of products that only closed units need, as far as they are expected to be closed."""
-        return sum(node_flops(n) * (1.0 - self.chance(n)) for n in self.needed_backward if node_flops(n))
+        return sum((1.0 - self.chance(n)) * node_flops(n) for n in self.needed_backward)
 
     # -- what saving costs ---------------------------------------------------------------------------------------------
     def decide(self, node: fx.Node) -> Decision:
