@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from slimfit_fx.beside_steps import Optimizers, make_budget, make_fixed_bytes, open_count, seen_or_given
 from slimfit_fx.capture.backend import SlimFitBackend
+from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.dynamo import compile_forward, one_graph
 from slimfit_fx.capture.lower import write_plain_code
@@ -165,6 +166,7 @@ def known_step(graphs: Sequence[CapturedGraph]) -> StepTrace:
     return traced[0]
 
 
+@with_room
 def capture_only(model: nn.Module, backend: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Let dynamo capture one training forward for ``backend``, which ends it with ``PlanReady``.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.captured import CapturedGraph
 from slimfit_fx.capture.lower import add_gate_inputs, lower_plain, lower_with_inductor, lower_with_interpreter
 from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp, PlanReady
@@ -60,6 +61,7 @@ class SlimFitBackend:
     def __repr__(self) -> str:
         return f"SlimFitBackend({self.executor}, preset={self.config.preset!r})"
 
+    @with_room
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph; dynamo calls this once per graph and once more per recompile."""
         layout, units = gate_layout(example_inputs, self._gates())
