@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import CodeType
 from typing import Any
 
@@ -93,6 +93,24 @@ class TraceableShards:
         return frame
 
 
+class _Unlisted(dict[Any, Any]):
+    """A set of functions that is an empty dictionary to json.
+
+    Before 2.13 torch sorts and writes this setting when it logs a compile, which functions do not allow, and says so
+    with a traceback.
+    """
+
+    def __init__(self, functions: Set[Any]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.functions)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.functions
+
+
 def one_graph(*, under_ddp: bool = False) -> contextlib.AbstractContextManager[Any]:
     """Hold this around each call of a training forward, which dynamo may trace: what need not break its graph does not.
 
@@ -105,5 +123,6 @@ def one_graph(*, under_ddp: bool = False) -> contextlib.AbstractContextManager[A
     changes: dict[str, Any] = {"optimize_ddp": False} if under_ddp else {}
     silent = {getattr(logging.Logger, name) for name in _SAID_ONCE if hasattr(logging.Logger, name)}
     if silent:
-        changes["ignore_logging_functions"] = dynamo.ignore_logging_functions | silent
+        ignored = dynamo.ignore_logging_functions
+        changes["ignore_logging_functions"] = {*ignored, *silent} if CAN_ISOLATE else _Unlisted({*ignored, *silent})
     return dynamo.patch(changes) if changes else contextlib.nullcontext()
