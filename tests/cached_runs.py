@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -22,12 +21,13 @@ from tower import Tower, rows
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """One step with a unit closed, of a ``Tower`` or, if ``depth`` is given, of a ``Tiny`` with so many blocks.
 
-    ``forget_plans`` is no setting either: it removes the plans on disk.
+    ``forget`` is no setting either: it removes what we keep on disk under such names.
     """
     torch._dynamo.reset()
     counters.clear()
-    if settings.pop("forget_plans", False):
-        shutil.rmtree(pathlib.Path(cache_dir()) / "slimfit_fx")
+    forgotten = settings.pop("forget", None)
+    for path in pathlib.Path(cache_dir(), "slimfit_fx").glob(forgotten) if forgotten else ():
+        path.unlink()
     depth = settings.pop("depth", 0)
     made, inputs, closed = (
         (Tiny(depth=depth), tokens(), "blocks.2.up.weight") if depth else (Tower(), rows(), "up.weight")
@@ -43,7 +43,16 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "closed": sorted(session.gates.closed),
         "executor": session.executor,
         "plan": session.plan.to_dict(),
+        "timeline": timeline_of(session),
     }
+
+
+def timeline_of(session: Any) -> tuple[int, ...] | str:
+    """Bytes after every event of a step, or why they are not known."""
+    try:
+        return session.predict_peak().timeline
+    except RuntimeError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

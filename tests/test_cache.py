@@ -52,8 +52,8 @@ def test_a_second_process_starts_warm(tmp_path):
     again, without_plan, other_preset, other_scheduler = process(
         tmp_path,
         "second",
-        exact,
-        {**exact, "forget_plans": True},
+        {**exact, "forget": "*-trace.json"},  # as if nobody had asked the first process for it
+        {**exact, "forget": "*.json"},
         {"preset": "balanced"},
         {**exact, "seed": 7, "scheduler": "random"},
     )
@@ -67,7 +67,8 @@ def test_a_second_process_starts_warm(tmp_path):
     assert differences(first["grads"], other_preset["grads"]) != []
 
     assert again["plan"] == first["plan"] and len(first["plan"]["rows"]) > 2, "the plan that the first process kept"
-    assert without_plan["plan"]["rows"] == ()
+    assert again["timeline"] == first["timeline"] and len(first["timeline"]) > 10, "from the code that was kept"
+    assert without_plan["plan"]["rows"] == () and "run one training step" in without_plan["timeline"]
     assert {unit["reason"] for unit in without_plan["plan"]["units"]} == {UNKNOWN}
 
     assert looked_up(other_scheduler) == HIT

@@ -82,7 +82,7 @@ class SlimFitBackend:
                 check = functools.partial(self.under.check, captured)
             partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak, self.gives_up)
             captured.key = plan_key(gm.graph, example_inputs, str(partitioner.uuid()))
-            compiled = self._lower(gm, example_inputs, partitioner, captured.codes)
+            compiled = self._lower(gm, example_inputs, partitioner, captured.codes, key=captured.key)
             return bind_gates(compiled, layout, self._gates(), check)
         except MemoryBudgetError:
             self._forget(captured)
@@ -151,6 +151,7 @@ class SlimFitBackend:
         codes: list[StepCode],
         *,
         dry: bool = False,
+        key: str = "",
     ) -> Callable[..., Any]:
         layout = partitioner.layout
         extended = add_gate_inputs(gm, len(layout.params))
@@ -158,7 +159,7 @@ class SlimFitBackend:
         if self.executor != "inductor":
             compiled = lower_with_interpreter(extended, inputs, partitioner, codes)
         else:
-            compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only)
+            compiled = lower_with_inductor(extended, inputs, partitioner, codes, dry=dry or self.plan_only, key=key)
             if self.plan_only and not dry:
                 raise PlanReady
         return compiled

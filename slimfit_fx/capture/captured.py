@@ -16,7 +16,7 @@ from slimfit_fx.planning.budget import Judged
 from slimfit_fx.planning.dry_run import StepCode, trace_step
 from slimfit_fx.planning.peak import StepTrace, join
 from slimfit_fx.planning.rows import GraphPlan
-from slimfit_fx.planning.store import load_trace, save_trace
+from slimfit_fx.planning.store import load_codes, load_trace, save_trace
 
 log = logging.getLogger("slimfit_fx.capture")
 
@@ -49,7 +49,11 @@ class CapturedGraph:
     def trace(self) -> StepTrace | str:
         """All memory events of a step through this graph, or why they are not known."""
         if self._trace is None:
-            self._trace = self._dry_run() if len(self.codes) == 2 else self._kept()
+            if len(self.codes) != 2 and self.key:
+                self._trace = load_trace(self.key)
+                self.codes = self.codes if self._trace else list(load_codes(self.key))
+            if len(self.codes) == 2:
+                self._trace = self._dry_run()
         if self._trace is not None:
             return self._trace
         return "no compiled backward of it was seen: run one training step"
@@ -69,9 +73,6 @@ class CapturedGraph:
     def at_its_largest(self) -> CapturedGraph:
         """The same graph, called with the largest sizes it had so far."""
         return self if self.largest is None else self.with_trace(self.largest)
-
-    def _kept(self) -> StepTrace | None:
-        return load_trace(self.key) if self.key else None
 
     def _dry_run(self) -> StepTrace | None:
         forward, backward = self.codes

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
+from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.fallbacks import register_fallbacks
 from slimfit_fx.capture.partitioner import GatedPartitioner
 from slimfit_fx.graph.joint import module_path
@@ -19,6 +20,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
 from slimfit_fx.planning.graph_run import GraphCode
 from slimfit_fx.planning.labels import LABEL, saved_label
+from slimfit_fx.planning.store import save_codes
 
 _BOXED = getattr(fx.graph, "_BoxedCodeGen", None)
 """Generated Python that takes a list of inputs and empties it, so that each is freed behind its last reader."""
@@ -60,12 +62,13 @@ def lower_with_inductor(
     codes: list[StepCode],
     *,
     dry: bool = False,
+    key: str = "",
 ) -> Compiled:
     """Compile through Inductor; its joint passes, random-number handling and caches stay in force.
 
-    ``codes`` receives what Inductor writes: forward, then backward (later, if sizes are symbolic; never, if the graph
-    comes from AOTAutograd's cache). ``dry``: write the code but load and compile none of it; the result cannot be
-    called.
+    ``codes`` receives what Inductor writes: forward, then backward (often not before it runs first; never, if the graph
+    comes from AOTAutograd's cache, for which both are kept under ``key``). ``dry``: write the code but load and compile
+    none of it; the result cannot be called.
     """
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
@@ -91,13 +94,15 @@ def lower_with_inductor(
         functorch |= _NO_CACHE
     register_fallbacks()
     with torch._functorch.config.patch(functorch):
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile(codes, dry), config_patches=patches)
+        inner = _inner_compile(codes, dry, key)
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
         return compiled
 
 
-def _inner_compile(codes: list[StepCode], dry: bool) -> Callable[..., Any]:
+def _inner_compile(codes: list[StepCode], dry: bool, key: str) -> Callable[..., Any]:
     """Inductor's inner compile of one graph, forward or backward; a backward may be compiled long after its forward."""
 
+    @with_room  # a backward's caller is not our backend
     def compile_inner(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx_inner
 
@@ -107,6 +112,8 @@ def _inner_compile(codes: list[StepCode], dry: bool) -> Callable[..., Any]:
         source = getattr(compiled, "source_code", None)
         if source:
             codes.append(GeneratedCode.of(source, graph, example_inputs))
+            if key and not dry and len(codes) == 2:
+                save_codes(key, codes)
         return compiled
 
     return compile_inner

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,17 @@ class TensorSpec:
         """The spec of a real or fake tensor."""
         shape, strides = tuple(map(hint, tensor.shape)), tuple(map(hint, tensor.stride()))
         return cls(shape, strides, tensor.dtype, tensor.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> TensorSpec:
+        """The spec that ``to_dict`` wrote, also if it has been through JSON."""
+        shape, strides = tuple(stored["shape"]), tuple(stored["strides"])
+        dtype, device = getattr(torch, stored["dtype"]), torch.device(stored["device"])
+        return cls(shape, strides, dtype, device, stored["room"])
 
     @property
     def nbytes(self) -> int:

@@ -69,6 +69,24 @@ class GeneratedCode:
             return self
         return dataclasses.replace(self, inputs=tuple(_spec_at(x, values) for x in self.symbolic))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; sizes are those of the example inputs."""
+        inputs = [x.to_dict() if isinstance(x, TensorSpec) else x for x in self.inputs]
+        return {
+            "source": self.source,
+            "inputs": inputs,
+            "names": self.names,
+            "written_back": self.written_back,
+            "labels": self.labels,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> GeneratedCode:
+        """The code that ``to_dict`` wrote, also if it has been through JSON."""
+        inputs = tuple(TensorSpec.from_dict(x) if isinstance(x, dict) else x for x in stored["inputs"])
+        names, labels = tuple(stored["names"]), tuple(stored["labels"])
+        return cls(stored["source"], inputs, names, stored["written_back"], labels)
+
     def load(self, run: DryRun) -> Wrapper:
         """The code as a function of a list of stand-ins, which it empties."""
         return load_wrapper(self.source, run)

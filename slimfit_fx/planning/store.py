@@ -1,6 +1,7 @@
 """Plans on disk, beside Inductor's cache: a graph that comes from the cache was not partitioned in this process.
 
-For display only. Nothing at run time reads a plan, and a missing or broken file means "no plan is known".
+So is the code that Inductor wrote for it, from which its memory is read when somebody asks. For display only: nothing
+at run time reads them, and a missing or broken file means that nothing is known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from slimfit_fx.planning.dry_run import GeneratedCode, StepCode
 from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 
@@ -54,6 +56,21 @@ def load_trace(key: str) -> StepTrace | None:
         return StepTrace.from_dict(json.loads(kept_path(f"{key}-trace").read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def save_codes(key: str, codes: Sequence[StepCode]) -> None:
+    """Keep what Inductor wrote under ``key``, with example sizes for symbols; a graph of ours is written by nobody."""
+    written = [code for code in codes if isinstance(code, GeneratedCode)]
+    if len(written) == len(codes):
+        save_json(kept_path(f"{key}-codes"), [code.to_dict() for code in written])
+
+
+def load_codes(key: str) -> list[GeneratedCode]:
+    """Return the codes kept under ``key``, forward and backward; none if they are not there."""
+    try:
+        return [GeneratedCode.from_dict(code) for code in json.loads(kept_path(f"{key}-codes").read_text())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def save_json(path: pathlib.Path, data: Any) -> None:
