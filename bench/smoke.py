@@ -44,8 +44,7 @@ def train(name: str, case: Case, settings: Settings, *, steps: int) -> tuple[dic
     torch._dynamo.reset()
     gc.collect()
     trainee = make_trainee(name, case, settings)
-    with torch.compiler.config.patch(force_disable_caches=True):  # a graph from a cache has no code to read off
-        trainee.step()
+    trainee.step()
     with noted_compiles() as started:
         result = measure_rival(trainee, steps=_PLAIN_STEPS if preset_of(name) is None else steps)
     result["compiles_later"] = len(started)

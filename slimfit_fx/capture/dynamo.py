@@ -74,7 +74,7 @@ class TraceableShards:
 
     def _untraceable(self) -> Iterator[nn.Module]:
         fsdp, model = sys.modules.get("torch.distributed.fsdp"), self._model()
-        if fsdp is None or model is None:  # without it nobody can have sharded anything
+        if fsdp is None or model is None or not torch.distributed.is_initialized():  # nobody can have sharded anything
             return
         for module in model.modules():
             is_part = isinstance(module, fsdp.FSDPModule) and module is not model
