@@ -88,15 +88,17 @@ class Rehearsal:
         kwargs: Any,
         *,
         peak: bool,
+        budget: Budget | None = None,
         gives_up: GivesUp | None = None,
     ) -> list[CapturedGraph]:
-        """What is captured of a step with just the settings of ``config``, whatever its budget.
+        """What is captured of a step: with just the settings of ``config``, or with those that fit into ``budget``.
 
         Raises:
             PlanTooLarge: ``gives_up`` said so of the plan of a graph, before its code was written.
+            MemoryBudgetError: nothing fits.
             ValueError: the model cannot be captured, or not in one graph.
         """
-        found, breaks = self._captured(config, args, kwargs, peak=peak, gives_up=gives_up)
+        found, breaks = self._captured(config, args, kwargs, peak=peak, budget=budget, gives_up=gives_up)
         if breaks:
             raise ValueError(_BREAKS)
         return found

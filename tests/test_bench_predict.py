@@ -19,9 +19,9 @@ SIZES = {"layers": 2, "batch": 4, "width": 128, "heads": 4, "vocab": 500, "lengt
 BERT, VIT = make_case("bert", **SIZES), make_case("vit", **SIZES)
 
 
-def measured_step(name: str, case: Case) -> tuple[int, int]:
+def measured_step(name: str, case: Case, settings: Settings | None = None) -> tuple[int, int]:
     """(peak of forward and backward, gradients and the optimizer's step) of the second step."""
-    trainee = make_trainee(name, case, Settings())
+    trainee = make_trainee(name, case, settings or Settings())
     trainee.step()
     trainee.clear()
     step = step_peak(trainee.outputs, backward=lambda outputs: outputs.loss.backward()).peak_bytes
@@ -36,6 +36,18 @@ def test_an_eager_step_takes_what_was_predicted(name):
     step, update = measured_step(name, BERT)
     assert found.step_bytes == pytest.approx(step, rel=0.05), "what operators take for themselves is not seen"
     assert found.update_bytes == pytest.approx(update, rel=0.01)
+
+
+@pytest.mark.inductor
+def test_no_step_of_ours_takes_more_than_was_predicted():
+    """Of the worst choice of open units; under a budget, with what fits into it."""
+    found = predict("balanced", BERT, Settings(freeze_rate=0.5))
+    step, update = measured_step("balanced", BERT, Settings(freeze_rate=0.5))
+    assert 0.5 * found.step_bytes < step <= found.step_bytes
+    assert 0 < update <= found.update_bytes
+    assert found.expected_ms is not None and found.expected_ms > 0
+    fitted = predict(f"budget-{found.total_bytes + 10_000}", BERT, Settings(freeze_rate=0.5))
+    assert fitted.total_bytes <= found.total_bytes + 10_000 and fitted.chosen is not None
 
 
 def test_answers_and_regression_train():
