@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import differences, equal_bits
+from reference import differences, equal_bits, optimized
+from tower import Tower, rows
 
 from slimfit_fx.capture.partitioner import GatedPartitioner, source_hash
 from slimfit_fx.config import Config
@@ -82,6 +83,22 @@ def test_blocks_with_branches_inside_are_read_from_the_caches(tmp_path):
     (first,), (again,) = (process(tmp_path, name, settings) for name in ("first", "second"))
     assert [looked_up(run) for run in (first, again)] == [MISS, HIT]
     assert differences(first["grads"], again["grads"]) == [] and equal_bits(first["loss"], again["loss"])
+
+
+@pytest.mark.parametrize("executor", ["interpreter", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_who_asks_before_backward_is_compiled_does_not_lose_it(executor, monkeypatch):
+    """Also where nothing can be kept on disk."""
+    monkeypatch.setattr("slimfit_fx.planning.store.save_json", lambda *_: None)
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        model, session = optimized(Tower(), executor=executor, scheduler="none")
+        loss = model(*rows()).sum()
+        try:
+            session.predict_peak()
+        except RuntimeError as error:
+            assert "run one training step" in str(error)
+        loss.backward()
+    assert session.predict_peak().peak_bytes > 0
 
 
 # ---- what names a partition

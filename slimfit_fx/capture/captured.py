@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,12 +49,10 @@ class CapturedGraph:
 
     def trace(self) -> StepTrace | str:
         """All memory events of a step through this graph, or why they are not known."""
+        if self._trace is None and self.key and len(self.codes) != 2:
+            self._trace = load_trace(self.key)
         if self._trace is None:
-            if len(self.codes) != 2 and self.key:
-                self._trace = load_trace(self.key)
-                self.codes = self.codes if self._trace else list(load_codes(self.key))
-            if len(self.codes) == 2:
-                self._trace = self._dry_run()
+            self._trace = self._dry_run(self.codes if len(self.codes) == 2 or not self.key else load_codes(self.key))
         if self._trace is not None:
             return self._trace
         return "no compiled backward of it was seen: run one training step"
@@ -74,8 +73,10 @@ class CapturedGraph:
         """The same graph, called with the largest sizes it had so far."""
         return self if self.largest is None else self.with_trace(self.largest)
 
-    def _dry_run(self) -> StepTrace | None:
-        forward, backward = self.codes
+    def _dry_run(self, codes: list[Any]) -> StepTrace | None:
+        if len(codes) != 2:
+            return None
+        forward, backward = codes
         assert self.layout is not None
         try:
             with torch.no_grad(), torch._C._DisableAutocast():
@@ -83,7 +84,7 @@ class CapturedGraph:
         except Exception:  # for display only: what Inductor wrote may hold anything
             log.warning("the memory of a compiled graph could not be followed", exc_info=True)
             return None
-        self.codes.clear()
+        codes.clear()
         if self.key:
             save_trace(self.key, trace)
         return trace
