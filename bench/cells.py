@@ -99,6 +99,8 @@ class Figures:
     step_ms: float | None = None
     expected_ms: float | None = None
     """Of forward and backward, by the roofline: an expectation, not a time."""
+    roofline: dict[str, Any] | None = None
+    """The rates that it goes by."""
     recompiles: int | None = None
     bound_bytes: int | None = None
     """Measured cells of ours: what the session predicts for the worst choice of open units, as ``total_bytes``."""
@@ -136,7 +138,8 @@ def fill(cell: Cell) -> Figures:
     found = predict(name, cell.case, cell.settings)
     return Figures(
         "predicted", cell.case.batch, found.total_bytes, found.parameter_bytes, found.optimizer_bytes,
-        found.batch_bytes, found.step_bytes, found.update_bytes, expected_ms=found.expected_ms, chosen=found.chosen,
+        found.batch_bytes, found.step_bytes, found.update_bytes, expected_ms=found.expected_ms, roofline=found.roofline,
+        chosen=found.chosen,
     )  # fmt: skip
 
 

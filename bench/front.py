@@ -1,9 +1,10 @@
 """Memory against throughput, all rivals, on BERT-base and ViT-B: ``python -m bench front``.
 
 One plot per model (PNG, and the data as JSON beside it) with the Pareto front drawn: what nothing else beats in both.
-The goal is that no rival's point lies beyond ours. On a GPU memory and samples per second are measured. On a CPU they
-are predicted: memory by dry runs, throughput by the roofline's expectation for forward and backward, which eager rivals
-have none of. Cells are those of ``python -m bench memory``, and stored with them.
+The goal is that no rival's point lies beyond ours. Memory and samples per second are measured; on a CPU the batch is
+cut to ``--tokens``, and nothing else may run beside it. With ``--how predicted`` the full batch is drawn: memory by dry
+runs, throughput by the roofline's expectation for forward and backward, which eager rivals have none of. Cells are
+those of ``python -m bench memory`` and stored with them, but for those of a CPU, which are timed here and not there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ import torch
 from tabulate import tabulate
 
 from bench import report
-from bench.cells import Cell, Figures, figures_of
+from bench.cells import HOW, Cell, Figures, figures_of, scaled
 from bench.paper_table import store_of
 from bench.rivals import ACTIVATION_BUDGETS, PRESETS, preset_of
-from bench.tasks import machines, print_progress, run_tasks
+from bench.tasks import Store, machines, print_progress, run_tasks
+from slimfit_fx.planning.roofline import roofline_of
 
 MODELS = {"bert": "CoLA", "vit": "CIFAR-10"}
 """Name in files -> the setting whose shapes are drawn."""
-OURS = tuple(f"{preset}{level}" for level in ("", "-products", "-blocks") for preset in PRESETS)
+OURS = tuple(f"{preset}{level}" for level in ("", "-cheap", "-products", "-blocks") for preset in PRESETS)
 OTHERS = (
     *("compile", "eager", "eager-attention", "checkpoint", "compile-checkpoint", "lora", "lora-checkpoint"),
     *ACTIVATION_BUDGETS,
 )
+_STEPS = 15
+"""Measured for their memory."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,31 @@ class Point:
 
 
 def points_of(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[Point]:
-    """Return the points of the cells that have both figures, the least memory first."""
-    found = []
-    for cell in cells:
-        figures = figures_of(rows, cell)
-        rate = throughput(figures) if isinstance(figures, Figures) else None
-        if isinstance(figures, Figures) and rate is not None:
-            found.append(Point(cell.rival, preset_of(cell.rival) is not None, figures.total_bytes, rate))
-    return mark_front(found)
+    """Return the points of the cells that have both figures, the least memory first.
+
+    Expectations of different rooflines do not compare: those by the rates that most cells have are taken.
+    """
+    known = [(cell, found) for cell in cells if isinstance(found := figures_of(rows, cell), Figures)]
+    rates = [found.roofline for _, found in known if _is_expected(found)]
+    points = []
+    for cell, found in known:
+        rate = throughput(found)
+        if rate is None or (_is_expected(found) and found.roofline != max(rates, key=rates.count)):
+            continue
+        points.append(Point(cell.rival, preset_of(cell.rival) is not None, found.total_bytes, rate))
+    return mark_front(points)
+
+
+def _is_expected(figures: Figures) -> bool:
+    """Whether the throughput is the roofline's."""
+    return figures.how == "predicted" and figures.expected_ms is not None
 
 
 def throughput(figures: Figures) -> float | None:
     """Samples per second: measured, or expected by the roofline where nothing was measured."""
-    if figures.how == "measured" or figures.expected_ms is None:
-        return figures.samples_per_s
-    return 1e3 * figures.batch / figures.expected_ms
+    if figures.how == "predicted" and figures.expected_ms is not None:
+        return 1e3 * figures.batch / figures.expected_ms
+    return figures.samples_per_s
 
 
 def mark_front(points: Sequence[Point]) -> list[Point]:
@@ -119,46 +133,62 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def cells(model: str, *, dtype: str, device: str, how: str) -> list[Cell]:
-    """Return the cells of one plot: ours, then everybody else."""
-    return [Cell(MODELS[model], rival, dtype, device, how) for rival in (*OURS, *OTHERS)]
+def cells(model: str, *, dtype: str, device: str, how: str, tokens: int = 0) -> list[Cell]:
+    """Return the cells of one plot: ours, then everybody else. ``tokens``: of a batch that is measured on a CPU."""
+    found = [Cell(MODELS[model], rival, dtype, device, how) for rival in (*OURS, *OTHERS)]
+    if how == "predicted" or torch.device(device).type == "cuda":
+        return found
+    return [replace(scaled(cell, tokens), steps=_STEPS, times=True) for cell in found]
 
 
-def title_of(model: str, *, dtype: str, device: str, how: str) -> str:
-    """Say what a plot shows, and whether it is measured."""
-    case = cells(model, dtype=dtype, device=device, how=how)[0].case
+def title_of(model: str, cell: Cell) -> str:
+    """Say what the plot that ``cell`` belongs to shows, and whether it is measured."""
+    case = cell.case
     size = f"{case.resolution} pixels" if model == "vit" else f"length {case.length}"
     name = {"bert": "BERT-base", "vit": "ViT-B/16"}[model]
-    source = "measured" if how == "measured" else "predicted (throughput: roofline, forward and backward)"
-    return f"{name}, batch {case.batch}, {size}, {dtype}, {torch.device(device).type}: {source}"
+    source = "measured" if cell.how == "measured" else "predicted (throughput: roofline, forward and backward)"
+    return f"{name}, batch {case.batch}, {size}, {case.dtype}, {torch.device(cell.device).type}: {source}"
+
+
+def front_store(device: str, how: str) -> Store:
+    """Return where the cells lie: those that are timed on a CPU have a file of their own."""
+    on_cpu = torch.device(device).type == "cpu"
+    return Store(report.RESULTS / "points-cpu.json") if on_cpu and how == "measured" else store_of(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, print the tables, draw the plots; return 1 with ``--check`` if a rival's point is beyond."""
     options = parse(arguments)
-    store = store_of(options.device)
-    how = "measured" if torch.device(options.device).type == "cuda" else "predicted"
+    store = front_store(options.device, options.how)
     status = 0
     for model in options.models:
-        chosen = cells(model, dtype=options.dtype, device=options.device, how=how)
+        chosen = cells(model, dtype=options.dtype, device=options.device, how=options.how, tokens=options.tokens)
         progress = run_tasks(
             [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
+            lacks=_by_other_rates if options.how == "predicted" else lambda row: False,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
         print_progress(progress, store.rows)
         sources = machines(store.rows[cell.key] for cell in chosen if cell.key in store.rows)
-        status |= _publish(model, points_of(store.rows, chosen), sources, options, how)
+        status |= _publish(title_of(model, chosen[0]), points_of(store.rows, chosen), sources, model, options)
     return status if options.check else 0
 
 
-def _publish(model: str, points: Sequence[Point], sources: Sequence[str], options: argparse.Namespace, how: str) -> int:
-    title = title_of(model, dtype=options.dtype, device=options.device, how=how)
+def _by_other_rates(row: Mapping[str, Any]) -> bool:
+    """Whether the throughput of a stored result was expected by other rates than this machine's."""
+    figures = row.get("figures", {})
+    here = asdict(roofline_of(torch.device("cpu")))
+    return figures.get("expected_ms") is not None and figures.get("roofline") != here
+
+
+def _publish(title: str, points: Sequence[Point], sources: Sequence[str], model: str, options: Any) -> int:
     beyond = beyond_ours(points)
     print(f"\n{title}\n{front_table(points)}")
     print(f"rivals' points beyond ours: {', '.join(p.rival for p in beyond) or 'none'}")
     if points:
-        path = report.RESULTS / f"front-{model}-{options.dtype}-{torch.device(options.device).type}"
-        document = {"title": title, "how": how, "sources": sources, "points": [asdict(p) for p in points]}
+        kind = torch.device(options.device).type + "-predicted" * (options.how == "predicted")
+        path = report.RESULTS / f"front-{model}-{options.dtype}-{kind}"
+        document = {"title": title, "how": options.how, "sources": sources, "points": [asdict(p) for p in points]}
         path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         draw(points, title, path.with_suffix(".png"))
         print(f"written: {path.name}.json, {path.name}.png")
@@ -171,6 +201,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", help="default: tf32 on a GPU, fp32 on a CPU")
+    parser.add_argument("--how", choices=HOW, default="measured")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch that is measured on a CPU")
     parser.add_argument("--minutes", type=float, help="stop in time; run again to go on")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one point may take")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a rival's point lies beyond ours")

@@ -11,7 +11,7 @@ All are predictions of the CPU's kernels. A prediction is never mixed with what 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Prediction:
     update_bytes: int
     expected_ms: float | None = None
     """Forward and backward by the roofline; None for eager rivals."""
+    roofline: dict[str, Any] | None = None
+    """The rates that it goes by."""
     chosen: str | None = None
     """The plan that a budget led to."""
 
@@ -95,11 +97,12 @@ def _compiled(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Ca
         trace = Rehearsal(model, (), faked=True).plain_trace((), batch)
     if trace is None:
         raise ValueError("no graph that trains was captured")
-    expected = roofline_of(torch.device("cpu")).step_ms(trace.work, ())
-    return _plain(model, batch, trace.peak(()).peak_bytes, expected)
+    roofline = roofline_of(torch.device("cpu"))
+    found = _plain(model, batch, trace.peak(()).peak_bytes)
+    return replace(found, expected_ms=roofline.step_ms(trace.work, ()), roofline=asdict(roofline))
 
 
-def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int, expected_ms: float | None = None) -> Prediction:
+def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int) -> Prediction:
     """``step_bytes`` with what every rival holds that is not ours: AdamW's state and step, on all that trains."""
     from slimfit_fx.planning.update import step_memory
 
@@ -108,7 +111,7 @@ def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int, expected
     assert update is not None, "AdamW steps without values"
     return Prediction(
         parameter_bytes(model), tensor_bytes(model.buffers()), update.state_bytes, tensor_bytes(batch.values()),
-        step_bytes, tensor_bytes(trained) + update.temporary_bytes, expected_ms,
+        step_bytes, tensor_bytes(trained) + update.temporary_bytes,
     )  # fmt: skip
 
 
@@ -128,8 +131,10 @@ def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, 
     trace = known_step(graphs)
     opened = min(open_count(config, scheduler, units), trace.num_gates)
     fixed = make_fixed_bytes(model, config, units, scheduler, list)()
-    expected = roofline_of(torch.device("cpu")).expected_ms(trace.work, opened / max(1, len(units)))
+    roofline = roofline_of(torch.device("cpu"))
+    expected = roofline.expected_ms(trace.work, opened / max(1, len(units)))
     return Prediction(
         fixed.parameters, fixed.buffers, fixed.optimizer_state, tensor_bytes(batch.values()), trace.worst(opened)[0],
-        fixed.update, expected, next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
+        fixed.update, expected, asdict(roofline),
+        next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
     )  # fmt: skip

@@ -194,6 +194,12 @@ def test_points_have_measured_throughput_or_the_rooflines():
     rows = {**stored("compile", "CoLA", 50, **how, expected_ms=4.0), **stored("eager", "CoLA", 60, **how)}
     chosen = [Cell("CoLA", rival, "fp32", "cpu", "predicted") for rival in ("compile", "eager", "max")]
     assert front.points_of(rows, chosen) == [Point("compile", False, 50, 2000.0, on_front=True)]
+    cheap = [Cell("CoLA", f"{preset}-cheap", "fp32", "cpu", "predicted") for preset in ("max", "exact", "paper")]
+    rates = [{"bytes_per_s": 1.0}, {"bytes_per_s": 2.0}, {"bytes_per_s": 2.0}]
+    for cell, by in zip(cheap, rates, strict=True):
+        rows |= stored(cell.rival, "CoLA", 50, **how, expected_ms=4.0, roofline=by)
+    known = {p.rival for p in front.points_of(rows, cheap)}
+    assert known == {"exact-cheap", "paper-cheap"}, "expectations by other rates do not compare"
     measured = {**how, "how": "measured", "device": "cuda"}
     rows = stored("max", "CoLA", 50, **measured, step_ms=8.0, expected_ms=1.0)
     (point,) = front.points_of(rows, [Cell("CoLA", "max", "fp32", "cuda", "measured")])
@@ -208,11 +214,25 @@ def test_a_front_is_published_as_data_and_picture(monkeypatch, tmp_path, folder,
         for rival, total, ms in (("balanced", 10**9, 5.0), ("compile", 2 * 10**9, 4.0))
     ]
     write(folder, "twelve-cpu", *rows)
-    assert front.main(["--device", "cpu", "--models", "bert", "--minutes", "0", "--check"]) == 1
+    options = ["--device", "cpu", "--models", "bert", "--minutes", "0", "--check"]
+    assert front.main([*options, "--how", "predicted"]) == 1
     assert "rivals' points beyond ours: compile" in capsys.readouterr().out
-    assert (folder / "front-bert-fp32-cpu.png").stat().st_size > 1000
+    assert (folder / "front-bert-fp32-cpu-predicted.png").stat().st_size > 1000
     page = render.page(folder)
     assert "Rivals' points beyond ours: compile." in page and "predicted (throughput: roofline" in page
+    assert front.main(options) == 1, "nothing measured: no point"
+    assert not (folder / "front-bert-fp32-cpu.json").exists()
+
+
+def test_what_a_front_measures_on_a_cpu_is_cut_timed_and_kept_apart(folder, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", folder)
+    assert {
+        (c.case.batch, c.times) for c in front.cells("bert", dtype="fp32", device="cpu", how="measured", tokens=512)
+    } == {(4, True)}
+    on_gpu = front.cells("bert", dtype="tf32", device="cuda", how="measured")
+    assert {(c.batch, c.steps) for c in on_gpu} == {(None, Cell.steps)}, "the table's own cells"
+    assert front.front_store("cpu", "measured").path != front.front_store("cpu", "predicted").path
+    assert front.front_store("cuda", "measured").path == folder / "twelve-cuda.json"
 
 
 # ---- the other sections
