@@ -12,7 +12,7 @@ from bench import plan_time, price, report, schedule
 from bench.accuracy import claims
 from bench.accuracy import table as accuracy_table
 from bench.accuracy.__main__ import CACHE
-from bench.accuracy.cells import QUICK_METHODS
+from bench.accuracy.cells import METHODS
 from bench.accuracy.store import Store
 from bench.accuracy.tasks import TASKS, named_tasks
 from bench.budget import TOLERANCE, rises
@@ -143,24 +143,27 @@ def schedule_section(folder: Path) -> str:
 
 
 def accuracy_section(folder: Path) -> str:
-    """The tables of ``bench accuracy --quick``, of the tasks that have finished cells."""
+    """The tables of ``bench accuracy``, of the tasks that have finished cells, at both scales."""
     path = folder / "accuracy-cpu.jsonl"
     if not path.exists():
         return ""
-    store = Store(path)
-    tasks = named_tasks(list(TASKS), "quick", CACHE)
-    found = {task.name: claims.standings(store.rows_of(task.name, task.scale), task, QUICK_METHODS) for task in tasks}
-    begun = [task for task in tasks if found[task.name]]
-    if not begun:
-        return ""
-    parts = [f"```\n{accuracy_table.task_table(task, found[task.name])}\n```" for task in begun]
-    said = (
-        "`python -m bench accuracy --quick`: two seeds, little data, few steps; intervals of two seeds are wide. "
-        "**Measured** on a CPU.\nTasks and methods: [accuracy](accuracy.md)."
-    )
-    missing = [task.name for task in tasks if task not in begun]
-    rest = [f"Not run yet: {', '.join(missing)}."] if missing else [_block(claims.claims(found, tasks))]
-    return "\n\n".join(["## Accuracy", said, *parts, *rest])
+    store, parts = Store(path), []
+    for scale, command in (("quick", "python -m bench accuracy --quick"), ("full", "python -m bench accuracy")):
+        tasks = named_tasks(list(TASKS), scale, CACHE)
+        found = {task.name: claims.standings(store.rows_of(task.name, scale), task, METHODS) for task in tasks}
+        begun = [task for task in tasks if found[task.name]]
+        if not begun:
+            continue
+        missing = [task.name for task in tasks if task not in begun]
+        bounds = [claim for claim in claims.claims(found, tasks) if claim.points is not None]
+        parts += [
+            f"`{command}`, what is finished of it. **Measured** on a CPU.",
+            *(f"```\n{accuracy_table.task_table(task, found[task.name])}\n```" for task in begun),
+            *([_block(bounds)] if bounds else []),
+            *([f"Not run at this scale: {', '.join(missing)}."] if missing else []),
+        ]
+    said = "Two seeds have wide intervals. Tasks, scales and methods: [accuracy](accuracy.md)."
+    return "\n\n".join(["## Accuracy", said, *parts]) if parts else ""
 
 
 def _block(bounds: Any) -> str:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from side_work import seeds_as_cells
 
 from bench.accuracy import claims, table
 from bench.accuracy.__main__ import chosen_methods, main, parser
@@ -26,6 +27,7 @@ from bench.accuracy.cells import (
 )
 from bench.accuracy.methods import Trainee
 from bench.accuracy.run import best_learning_rate, count_cells, run
+from bench.accuracy.side_by_side import train_side_by_side
 from bench.accuracy.stats import Interval, interval_of, mean_over_tasks, paired_differences
 from bench.accuracy.store import Store
 from bench.accuracy.tasks import code, named_tasks
@@ -72,6 +74,7 @@ def timeless(row: Row) -> Row:
 def test_every_kind_of_method_tries_as_many_learning_rates():
     assert len({len(grid) for grid in GRIDS.values()}) == 1
     assert learning_rates(FULL, 1e-4) == (1e-4, 2e-4, 4e-4)
+    assert learning_rates(FULL, 1e-4, "quick") == (1e-4, 2e-4)
     assert {method.kind for method in METHODS} | {"unpaced"} == set(GRIDS)
 
 
@@ -163,9 +166,9 @@ def test_the_best_rate_is_tried_with_the_first_seed_and_trained_with_the_others(
     trainer, task = FakeTrainer(), make_task()
     store = Store(tmp_path / "rows.jsonl")
     run([task], [FULL, BALANCED], [0, 1, 2], store, trainer)
-    assert len(trainer.cells) == count_cells([task], [FULL, BALANCED], [0, 1, 2]) == 10
+    assert len(trainer.cells) == count_cells([task], [FULL, BALANCED], [0, 1, 2]) == 8
     chosen = [(c.seed, c.learning_rate) for c in trainer.cells if c.method == "full"]
-    assert chosen == [(0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 2e-3), (2, 2e-3)]
+    assert chosen == [(0, 1e-3), (0, 2e-3), (1, 2e-3), (2, 2e-3)]
 
 
 def test_at_full_scale_three_seeds_choose(tmp_path):
@@ -245,6 +248,44 @@ def test_a_real_run_that_was_stopped_ends_like_one_that_was_not(tmp_path):
     units = len(find_units(task.make_model(0)).units)
     assert all(row.frozen_share == pytest.approx(int(0.9 * units) / units) for row in whole.rows)
     assert all(row.recompiles == 0 and row.steps == 12 for row in whole.rows)
+
+
+# ---- side by side
+
+
+def test_pieces_side_by_side_end_in_one_file(tmp_path):
+    store, seen = Store(tmp_path / "rows.jsonl"), []
+    pieces = [["0", "1"], ["2"], ["7"], ["3"]]
+    train_side_by_side(pieces, 2, seeds_as_cells, store, lambda row, is_new: seen.append((row.cell.seed, is_new)))
+    assert sorted(seen) == [(0, True), (1, True), (2, True), (3, True), (7, False)]
+    assert sorted(row.cell.seed for row in Store(store.path).rows) == [0, 1, 2, 3], "7 was there already"
+
+
+def test_a_piece_that_fails_ends_the_run_and_loses_nothing(tmp_path):
+    store = Store(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="this piece fails"):
+        train_side_by_side([["0", "!"], *([str(n)] for n in range(1, 9))], 1, seeds_as_cells, store, lambda *_: None)
+    assert 0 in {row.cell.seed for row in Store(store.path).rows}
+
+
+@pytest.mark.thorough
+def test_two_jobs_train_what_one_does(tmp_path):
+    body = vision_transformer(5, width=128, layers=4, seed=0).base_model.state_dict()
+    torch.save(body, tmp_path / "digits-128x4-300.pt")  # or the task would train one
+    given = ["--quick", "--tasks", "digits", "--methods", "head", "full", "--seeds", "1", "--cache", str(tmp_path)]
+    small = Store(tmp_path / "two.jsonl")
+    rates = learning_rates(HEAD, 1e-3, "quick")
+    (task,) = named_tasks(["digits"], "quick", tmp_path)
+    for cell in (Cell("digits", "quick", "full", 0, rate) for rate in learning_rates(FULL, 1e-3, "quick")):
+        small.add(make_row(cell, fingerprint=task.fingerprint()))
+    before = small.path.read_bytes()
+    assert main([*given, "--jobs", "2", "--threads", "1", "--out", str(small.path)]) == 0
+    after = small.path.read_bytes()
+    assert after.startswith(before), "what was finished is not trained again"
+    new = [row for row in Store(small.path).rows if row.cell.method == "head"]
+    assert [row.cell.learning_rate for row in new] == list(rates)
+    main([*given, "--jobs", "1", "--threads", "1", "--out", str(tmp_path / "one.jsonl"), "--methods", "head"])
+    assert [timeless(row) for row in Store(tmp_path / "one.jsonl").rows] == [timeless(row) for row in new]
 
 
 # ---- training
@@ -345,7 +386,7 @@ def finished(task: Task, scores: dict) -> list[claims.Standing]:
     """Standings of methods with these test scores (points) by seed."""
     rows, worse = [], 0.5 if task.metric.higher_is_better else 2.0
     for method, by_seed in scores.items():
-        rates = learning_rates(method, task.recipe.learning_rate)
+        rates = learning_rates(method, task.recipe.learning_rate, task.scale)
         for seed, points in by_seed.items():
             for rate in rates if seed == 0 else rates[:1]:
                 cell = Cell(task.name, task.scale, method.name, seed, rate)
@@ -383,9 +424,9 @@ def test_lower_perplexity_is_a_gain():
 
 def test_a_method_counts_only_when_its_whole_grid_is_tried():
     task = make_task()
-    rates = learning_rates(FULL, 1e-3)
+    rates = learning_rates(FULL, 1e-3, "quick")
     rows = [make_row(Cell("digits", "quick", "full", 0, rate)) for rate in rates]
-    assert claims.standings(rows[:2], task, [FULL]) == []
+    assert claims.standings(rows[:1], task, [FULL]) == []
     assert [s.learning_rate for s in claims.standings(rows, task, [FULL])] == [rates[0]]
 
 

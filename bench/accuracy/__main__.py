@@ -6,6 +6,7 @@ A run that was stopped goes on where it was: give the same command again. ``--ta
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from bench.accuracy import claims, table
 from bench.accuracy.cells import METHODS, PRESETS, QUICK_METHODS, Method, Row, named_methods, slimfit
 from bench.accuracy.run import count_cells, run
+from bench.accuracy.side_by_side import Finished, ReadStore, train_side_by_side
 from bench.accuracy.store import Store
 from bench.accuracy.tasks import TASKS, named_tasks
 from bench.accuracy.tasks.base import Task
@@ -49,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         default="interpreter",
         help="slimfit_fx's; default: interpreter, since compiling a model takes longer than training a cell",
     )
-    made.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's own choice")
+    made.add_argument("--jobs", type=int, help="methods side by side; default: one per CPU core, 1 on a GPU")
+    made.add_argument("--threads", type=int, help="CPU threads of torch, of each job; default: the cores' share")
     made.add_argument("--cache", type=Path, default=CACHE, help="folder for weights that are pretrained here")
     made.add_argument("--out", type=Path, help="result file; default: bench/results/accuracy-DEVICE.jsonl")
     made.add_argument("--table", action="store_true", help="train nothing, print what is there")
@@ -84,39 +87,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print; return 0."""
     made = parser()
     options = made.parse_args(arguments)
-    if options.seeds is not None and options.seeds < 1:
-        made.error(f"--seeds must be at least 1, got {options.seeds}")
+    for name in ("seeds", "jobs", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            made.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
         tasks = chosen_tasks(options)
         methods = chosen_methods(options, tasks)
     except ValueError as error:
         made.error(str(error))
-    device = torch.device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    store = Store(options.out or RESULTS / f"accuracy-{device.type}.jsonl")
+    store = store_of(options)
     if not options.table:
-        train(tasks, methods, store, options, device)
+        train(tasks, methods, store, options, sys.argv[1:] if arguments is None else arguments)
     print(report(store, tasks, methods))
     return 0
 
 
-def train(
-    tasks: Sequence[Task], methods: Sequence[Method], store: Store, options: argparse.Namespace, device: torch.device
-) -> None:
-    """Finish the cells that ``store`` lacks, with a bar of all cells and one of the steps of the current one."""
-    seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    store.add_header({"machine": machine(str(device)), "executor": options.executor, "scale": tasks[0].scale})
-    with (
-        tqdm(total=count_cells(tasks, methods, seeds), unit="cell", dynamic_ncols=True, smoothing=0.1) as cells,
-        tqdm(unit="step", leave=False, dynamic_ncols=True, position=1) as steps,
-    ):
+def store_of(options: argparse.Namespace) -> Store:
+    """Where the finished cells lie."""
+    return Store(options.out or RESULTS / f"accuracy-{torch.device(options.device).type}.jsonl")
 
-        def progress(done: int, total: int, loss: float) -> None:
-            if done == 1:
-                steps.reset(total)
-            steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            steps.update(1)
+
+def train(
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    store: Store,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+) -> None:
+    """Finish the cells that ``store`` lacks, with a bar of all cells and, one after the other, one of the steps."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = options.jobs or (cores if torch.device(options.device).type == "cpu" else 1)
+    jobs = min(jobs, len(tasks) * len(methods))
+    torch.set_num_threads(options.threads or max(1, cores // jobs))
+    store.add_header({"machine": machine(options.device), "executor": options.executor, "scale": tasks[0].scale})
+    seeds = seeds_of(options)
+    with tqdm(total=count_cells(tasks, methods, seeds), unit="cell", dynamic_ncols=True, smoothing=0.1) as cells:
 
         def finished(row: Row, is_new: bool) -> None:
             cells.update(1)
@@ -127,8 +132,44 @@ def train(
                     f"{row.validation:.4f}, {row.steps} steps, {row.seconds:.0f} s"
                 )
 
-        trainer: Any = Trainer(device=device, executor=options.executor, progress=progress)
-        run(tasks, methods, list(seeds), store, trainer, finished)
+        if jobs == 1:
+            with tqdm(unit="step", leave=False, dynamic_ncols=True, position=1) as steps:
+                run(tasks, methods, seeds, store, trainer_of(options, steps), finished)
+            return
+        for task in tasks:
+            task.make_model(0), task.load()  # what is made once and kept on disk is not made by several
+        given = [*arguments, "--threads", str(torch.get_num_threads()), "--jobs", "1"]
+        of_tasks = "--hub" if options.hub else "--tasks"
+        pieces = [[*given, of_tasks, t.name, "--methods", m.name] for t in tasks for m in methods]
+        train_side_by_side(pieces, jobs, train_piece, store, finished)
+
+
+def train_piece(arguments: Sequence[str], finished: Finished) -> None:
+    """Train what a command line asks for, and write nothing: a piece of a run with several jobs."""
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    tasks = chosen_tasks(options)
+    known = ReadStore(store_of(options).path)
+    run(tasks, chosen_methods(options, tasks), seeds_of(options), known, trainer_of(options), finished)
+
+
+def seeds_of(options: argparse.Namespace) -> range:
+    """The seeds that are trained."""
+    return range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
+
+
+def trainer_of(options: argparse.Namespace, steps: Any = None) -> Any:
+    """What trains a cell. ``steps``: a bar of its steps."""
+
+    def progress(done: int, total: int, loss: float) -> None:
+        if steps is None:
+            return
+        if done == 1:
+            steps.reset(total)
+        steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        steps.update(1)
+
+    return Trainer(device=torch.device(options.device), executor=options.executor, progress=progress)
 
 
 def report(store: Store, tasks: Sequence[Task], methods: Sequence[Method]) -> str:

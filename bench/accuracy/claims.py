@@ -58,7 +58,7 @@ def standings(rows: Sequence[Row], task: Task, methods: Sequence[Method]) -> lis
 
 
 def _standing(rows: Sequence[Row], task: Task, method: Method) -> Standing | None:
-    rates = learning_rates(method, task.recipe.learning_rate)
+    rates = learning_rates(method, task.recipe.learning_rate, task.scale)
     seeds = sorted({row.cell.seed for row in rows})[: TUNING_SEEDS[task.scale]]
     tried = [row for row in rows if row.cell.seed in seeds and row.cell.learning_rate in rates]
     if not seeds or len(tried) < len(seeds) * len(rates):

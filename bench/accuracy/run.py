@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from bench.accuracy.cells import TUNING_SEEDS, Cell, Method, Row, cells_of, learning_rates
+from bench.accuracy.cells import TRIED_RATES, TUNING_SEEDS, Cell, Method, Row, cells_of, learning_rates
 from bench.accuracy.store import Store
 from bench.accuracy.tasks.base import Task
 
@@ -38,7 +38,7 @@ def run(
             return row
 
         for method in methods:
-            rates = learning_rates(method, task.recipe.learning_rate)
+            rates = learning_rates(method, task.recipe.learning_rate, task.scale)
             tuning = min(TUNING_SEEDS[task.scale], len(seeds))
             grid = [cell for seed in seeds[:tuning] for cell in cells_of(task.name, task.scale, method, rates, seed)]
             tried = [finish(cell, task, method) for cell in grid]
@@ -69,5 +69,5 @@ def best_learning_rate(validation: Mapping[float, float], *, higher_is_better: b
 
 def count_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int]) -> int:
     """How many cells ``run`` finishes."""
-    tuned = [min(TUNING_SEEDS[task.scale], len(seeds)) for task in tasks]
-    return sum(tuning * len(method.grid) + len(seeds) - tuning for tuning in tuned for method in methods)
+    tuned = [(min(TUNING_SEEDS[task.scale], len(seeds)), TRIED_RATES[task.scale]) for task in tasks]
+    return sum(tuning * rates + len(seeds) - tuning for tuning, rates in tuned for _ in methods)

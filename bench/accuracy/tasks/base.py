@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,9 +77,9 @@ class Task:
     """The same splits at each call."""
 
     def fingerprint(self) -> str:
-        """A hash of recipe and data: rows with equal ones may be compared."""
-        splits = self.load()
-        found = hashlib.sha256(repr((self.name, self.scale, self.recipe, self.metric.name)).encode())
+        """A hash of recipe and data: rows with equal ones may be compared. A row has a learning rate of its own."""
+        splits, recipe = self.load(), replace(self.recipe, learning_rate=0.0)
+        found = hashlib.sha256(repr((self.name, self.scale, recipe, self.metric.name)).encode())
         for split in (splits.train, splits.validation, splits.test):
             found.update(str(len(split)).encode())
             if isinstance(split, Examples):

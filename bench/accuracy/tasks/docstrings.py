@@ -60,7 +60,7 @@ _SIZES = {
 }
 _RECIPES = {
     "full": Recipe(epochs=3, batch=32, learning_rate=1e-4),
-    "quick": Recipe(epochs=2, batch=8, learning_rate=5e-5),
+    "quick": Recipe(epochs=2, batch=8, learning_rate=1e-4),
 }
 Text = tuple[str, ...]
 """One text, or the two of a pair."""
