@@ -11,15 +11,19 @@ All are predictions of the CPU's kernels. A prediction is never mixed with what 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from bench.models import Case, autocast, build_model, make_batch, parameter_bytes
 from bench.rivals import Rival, Settings, adapted, config_of, rival_of
+from slimfit_fx.planning.roofline import Work, operator_flops, roofline_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Prediction:
     step_bytes: int
     update_bytes: int
     expected_ms: float | None = None
-    """Forward and backward by the roofline; None for eager rivals."""
+    """Forward and backward by the roofline."""
     roofline: dict[str, Any] | None = None
     """The rates that it goes by."""
     chosen: str | None = None
@@ -74,9 +78,43 @@ def _eager(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Prediction
     from slimfit_fx.capture.off_meta import off_meta
     from slimfit_fx.planning.update import count_bytes
 
+    noted = _WorkNotes()
     with off_meta(model, (), batch, always=True) as (fake, _, inputs):
         step_bytes = count_bytes(lambda: _train(fake, inputs, case))
-    return _plain(model, batch, step_bytes)
+        with noted:
+            _train(fake, inputs, case)
+    return _expected(_plain(model, batch, step_bytes), noted.work)
+
+
+class _WorkNotes(TorchDispatchMode):
+    """Writes down what each operator does that runs while it is on: an eager operator is a kernel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+        if returned and not _is_view(func):
+            shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, args)
+            flops = operator_flops(func._schema.name, func, shapes, tuple(returned[0].shape))
+            read = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+            dtype = str(returned[0].dtype).removeprefix("torch.")
+            self.work.append(Work(flops, tensor_bytes([*read, *returned]), dtype))
+        return result
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the operator returns what it was given in another shape, and touches no element."""
+    infos = [returned.alias_info for returned in func._schema.returns]
+    return func is torch.ops.aten._unsafe_view.default or any(info and not info.is_write for info in infos)
+
+
+def _expected(found: Prediction, work: Sequence[Work], open_share: float = 0.0) -> Prediction:
+    """``found`` with how long the roofline of this machine expects forward and backward to take."""
+    roofline = roofline_of(torch.device("cpu"))
+    return replace(found, expected_ms=roofline.expected_ms(work, open_share), roofline=asdict(roofline))
 
 
 def _train(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Any:
@@ -88,7 +126,6 @@ def _train(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Any:
 
 
 def _compiled(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case) -> Prediction:
-    from slimfit_fx.planning.roofline import roofline_of
     from slimfit_fx.rehearsal import Rehearsal
 
     share = rival.activation_budget
@@ -97,9 +134,7 @@ def _compiled(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Ca
         trace = Rehearsal(model, (), faked=True).plain_trace((), batch)
     if trace is None:
         raise ValueError("no graph that trains was captured")
-    roofline = roofline_of(torch.device("cpu"))
-    found = _plain(model, batch, trace.peak(()).peak_bytes)
-    return replace(found, expected_ms=roofline.step_ms(trace.work, ()), roofline=asdict(roofline))
+    return _expected(_plain(model, batch, trace.peak(()).peak_bytes), trace.work)
 
 
 def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int) -> Prediction:
@@ -118,7 +153,6 @@ def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int) -> Predi
 def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, settings: Settings) -> Prediction:
     from slimfit_fx.api import checked_settings
     from slimfit_fx.beside_steps import make_fixed_bytes, open_count
-    from slimfit_fx.planning.roofline import roofline_of
     from slimfit_fx.rehearsal import Rehearsal, known_step
 
     config = config_of(rival, settings)
@@ -131,10 +165,8 @@ def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, 
     trace = known_step(graphs)
     opened = min(open_count(config, scheduler, units), trace.num_gates)
     fixed = make_fixed_bytes(model, config, units, scheduler, list)()
-    roofline = roofline_of(torch.device("cpu"))
-    expected = roofline.expected_ms(trace.work, opened / max(1, len(units)))
-    return Prediction(
+    found = Prediction(
         fixed.parameters, fixed.buffers, fixed.optimizer_state, tensor_bytes(batch.values()), trace.worst(opened)[0],
-        fixed.update, expected, asdict(roofline),
-        next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
+        fixed.update, chosen=next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
     )  # fmt: skip
+    return _expected(found, trace.work, opened / max(1, len(units)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from bench import cells, headline, smoke
+from bench import predict as predictions
 from bench.cells import Cell
 from bench.measure import step_peak
 from bench.memory import bounds_of, measure_step
@@ -48,6 +50,26 @@ def test_no_step_of_ours_takes_more_than_was_predicted():
     assert found.expected_ms is not None and found.expected_ms > 0
     fitted = predict(f"budget-{found.total_bytes + 10_000}", BERT, Settings(freeze_rate=0.5))
     assert fitted.total_bytes <= found.total_bytes + 10_000 and fitted.chosen is not None
+
+
+def expected_work(name: str) -> Any:
+    """What the kernels of a step do."""
+    with mock.patch.object(predictions, "_expected", lambda found, work, open_share=0.0: work):
+        return predict(name, BERT, Settings())
+
+
+def test_every_rival_has_a_throughput_to_expect():
+    """Checkpointing runs the products of forward again; adapters leave out most gradients of weights."""
+    pytest.importorskip("peft")
+    names = ("eager", "compile", "checkpoint", "lora")
+    flops = {name: sum(work.flops for work in expected_work(name)) for name in names}
+    assert flops["eager"] == pytest.approx(flops["compile"], rel=0.05)
+    assert 1.2 * flops["eager"] < flops["checkpoint"] < 1.4 * flops["eager"]
+    assert flops["lora"] < 0.8 * flops["eager"]
+    found = {name: predict(name, BERT, Settings()) for name in names}
+    assert all(f.expected_ms > 0 and f.roofline["bytes_per_s"] > 0 for f in found.values())
+    assert found["compile"].expected_ms < found["eager"].expected_ms, "fused kernels move fewer bytes"
+    assert found["eager"].expected_ms < found["checkpoint"].expected_ms
 
 
 def test_answers_and_regression_train():
