@@ -3,8 +3,8 @@
 One plot per model (PNG, and the data as JSON beside it) with the Pareto front drawn: what nothing else beats in both.
 The goal is that no rival's point lies beyond ours. On a GPU both are measured. On a CPU they are predicted: memory by
 dry runs, throughput by what a roofline expects of forward and backward; ``--how measured`` measures there, too, with
-the batch cut to ``--tokens``, but times of one process after the other differ by a quarter on the machines we had. Cells
-are those of ``python -m bench memory`` and stored with them, but for those that are measured on a CPU.
+the batch cut to ``--tokens``, but times of one process after the other differ by a quarter on the machines we had.
+Cells are those of ``python -m bench memory`` and stored with them, but for those that are measured on a CPU.
 """
 
 from __future__ import annotations
