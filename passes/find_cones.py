@@ -103,6 +103,9 @@ def _refuse_cone(root: fx.Node, members: Sequence[fx.Node]) -> str | None:
         return "it reads a number made of symbolic sizes, which no branch takes"
     if not ops.is_getitem(root) and any(_has_any_layout(n) for n in (*members, *_operands(members))):
         return "it is made from the gradient of a convolution, whose layout the compiler picks"
+    base = ops.view_base(root)
+    if ops.is_getitem(base) and base.args[0] not in members:
+        return "one operator makes it together with a gradient that is always needed"
     if not _is_worth_a_branch(members, root):
         return "its gradient costs nothing of its own: only views of values that are needed anyway"
     return None

@@ -28,6 +28,7 @@ from slimfit_fx.passes.outline_repeats import outline_repeats
 from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.sink_backward import sink_backward
+from slimfit_fx.passes.split_gradients import split_gradients
 from slimfit_fx.passes.verify import IllegalGraphError, verify_joint, verify_seam
 from slimfit_fx.planning.levels import plan_paid
 from slimfit_fx.planning.planner import Planner, Planning
@@ -94,6 +95,8 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
     return (
         # one name for equal values, so that the planner and the partitioner see the same graph
         Pass("simplify_joint", "captured", _simplify),
+        # before anything is tagged: what is one operator can be behind one gate only
+        Pass("split_gradients", "captured", lambda w: split_gradients(w.joint.module)),
         # tags what everything after it reads
         Pass("tag_liveness", "captured", lambda w: tag_liveness(w.joint), needed=True),
         # decides keep / recompute / codec; acts on nothing
@@ -121,6 +124,7 @@ def pass_names() -> tuple[str, ...]:
     """Names of the passes that may be switched off."""
     return (
         "simplify_joint",
+        "split_gradients",
         "plan_saved_values",
         "insert_codecs",
         "insert_gates",

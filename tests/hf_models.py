@@ -1,4 +1,4 @@
-"""Twenty Hugging Face architectures, each built from a tiny config with random weights, and one batch for each."""
+"""Twenty-one Hugging Face architectures, each built from a tiny config with random weights, and one batch for each."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("causal", {**_TEXT, "ffn_dim": WIDE, "word_embed_proj_dim": WIDTH, **_ENDS}),
     "llama": ("causal", _DECODER),
     "qwen2": ("causal", _DECODER),
+    "mixtral": ("causal", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": ("causal", {**_DECODER, "head_dim": 16, "sliding_window": 8}),
     "t5": (
         "translate",

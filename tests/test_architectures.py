@@ -1,4 +1,4 @@
-"""Twenty Hugging Face architectures train under ILS: bit for bit as without us (``exact``), closely (``balanced``)."""
+"""Hugging Face's architectures train under ILS: bit for bit as without us (``exact``), closely (``balanced``)."""
 
 from __future__ import annotations
 

@@ -52,3 +52,15 @@ def test_a_missing_library_is_named_with_its_extra():
         "    except ImportError as error: print(error)"
     )
     assert "pip install 'slimfit-fx[lightning]'" in found and "pip install 'slimfit-fx[hf]'" in found
+
+
+def test_the_interpreter_needs_nothing_that_others_loaded():
+    """Some of Inductor's decompositions name a module that they do not import."""
+    found = in_a_process(
+        "import torch, slimfit_fx; from torch import nn\n"
+        "parts = nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(196, 2)\n"
+        "model = slimfit_fx.optimize(nn.Sequential(*parts), executor='interpreter', strict=True)\n"
+        "model(torch.randn(2, 3, 16, 16)).sum().backward()\n"
+        "print(slimfit_fx.session(model).compiles)"
+    )
+    assert found.split() == ["1"]

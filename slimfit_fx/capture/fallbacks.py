@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import slimfit_fx.runtime.ghosts
-import slimfit_fx.runtime.hold  # noqa: F401  (both define operators)
+import slimfit_fx.runtime.grouped
+import slimfit_fx.runtime.hold  # noqa: F401  (all three define operators)
 
 
 @functools.cache
@@ -28,7 +29,8 @@ def register_fallbacks() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     ops = torch.ops.slimfit_fx
-    for op in (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost):
+    known = (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost, ops.grouped_weight_gradient)
+    for op in known:
         if op.default not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op.default, with_default=True))
             make_fallback(op.default, layout_constraint=constraint, warn=False)

@@ -184,7 +184,6 @@ def lower_with_interpreter(
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.decomposition import select_decomp_table
 
     def compiler(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         use_native_casts(graph)
@@ -199,7 +198,7 @@ def lower_with_interpreter(
         fw_compiler=compiler,
         bw_compiler=compiler,
         partition_fn=partitioner,
-        decompositions=select_decomp_table(),
+        decompositions=decompositions(),
     )
     with torch._functorch.config.patch(donated_buffer=False):
         return backend(gm, list(inputs))
@@ -216,12 +215,19 @@ def lower_plain(gm: fx.GraphModule, inputs: Sequence[Any], executor: str) -> Com
         return compile_fx(gm, list(inputs))  # type: ignore[return-value]
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.decomposition import select_decomp_table
 
     def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Compiled:
         return make_boxed_func(graph.forward)
 
-    return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, list(inputs))
+    return aot_autograd(fw_compiler=compiler, decompositions=decompositions())(gm, list(inputs))
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's. Some of them (max_pool2d's) name ``torch._inductor.lowering`` without importing it."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    found: dict[Any, Callable[..., Any]] = select_decomp_table()
+    return found
 
 
 def use_native_casts(module: fx.GraphModule) -> int:
