@@ -29,7 +29,9 @@ from slimfit_fx.planning.roofline import roofline_of
 
 MODELS = {"bert": "CoLA", "vit": "CIFAR-10"}
 """Name in files -> the setting whose shapes are drawn."""
-OURS = tuple(f"{preset}{level}" for level in ("", "-cheap", "-products", "-blocks") for preset in PRESETS)
+OURS = tuple(f"{preset}{level}" for level in ("", "-cheap", "-products", "-blocks") for preset in PRESETS) + tuple(
+    f"lora-{preset}{level}-open" for level in ("-cheap", "-blocks") for preset in ("exact", "balanced", "max")
+)
 OTHERS = (
     *("compile", "eager", "eager-attention", "checkpoint", "compile-checkpoint", "lora", "lora-checkpoint"),
     *ACTIVATION_BUDGETS,

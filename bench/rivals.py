@@ -8,7 +8,7 @@
 ``activation-budget-X`` torch.compile with torch's ``activation_memory_budget`` of X, in (0, 1]
 ``lora``                eager, LoRA of rank 8 (peft); ``lora-checkpoint``: with gradient checkpointing
 a preset's name         slimfit_fx; with ``-cheap``, ``-products``, ``-blocks`` or ``-auto``: that recompute; with
-                        ``-open``: every gate open (scheduler "none")
+                        ``-open``: every gate open (scheduler "none"); with ``lora-`` before it: of a model with LoRA
 ``budget-X``            slimfit_fx's planner with a memory budget of X, up to preset "max": ``8GiB``; in the tables also
                         ``50%``: parameters and optimizer state, and half of what eager's step takes above them
 ======================= ==============================================================================
@@ -30,6 +30,7 @@ PRESETS = ("exact", "paper", "balanced", "max")
 ACTIVATION_BUDGETS = tuple(f"activation-budget-{tenths / 10:g}" for tenths in range(1, 10))
 _OPEN = "-open"
 _LEVELS = ("cheap", "products", "blocks", "auto")
+_LORA = "lora-"
 _LORA_RANK = 8
 
 
@@ -77,6 +78,7 @@ def rival_of(name: str) -> Rival:
         ours = [
             *PRESETS,
             *(f"{preset}{end}" for preset in PRESETS for end in (*(f"-{level}" for level in _LEVELS), _OPEN)),
+            *(f"{_LORA}{preset}{_OPEN}" for preset in PRESETS),
         ]
         legal = ", ".join(
             [*_NAMED, "activation-budget-X (0 < X <= 1)", *ours, "budget-X (a size such as 8GiB, or 50% of eager's)"]
@@ -86,10 +88,12 @@ def rival_of(name: str) -> Rival:
 
 
 def _ours(name: str) -> Rival | None:
-    rest = name.removesuffix(_OPEN)
+    rest = name.removeprefix(_LORA).removesuffix(_OPEN)
     level = next((level for level in _LEVELS if rest.endswith(f"-{level}")), None)
     preset = rest if level is None else rest.removesuffix(f"-{level}")
-    return Rival(name, preset, name.endswith(_OPEN), level, compiled=True) if preset in PRESETS else None
+    if preset not in PRESETS:
+        return None
+    return Rival(name, preset, name.endswith(_OPEN), level, compiled=True, lora=name.startswith(_LORA))
 
 
 def _with_size(name: str) -> Rival | None:
