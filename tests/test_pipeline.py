@@ -32,6 +32,7 @@ def test_the_order_of_the_passes():
     """Update this list, and docs/architecture.md, when you add a pass."""
     assert [(step.name, step.stage, step.needed) for step in listed()] == [
         ("simplify_joint", "captured", False),
+        ("split_gradients", "captured", False),
         ("tag_liveness", "captured", True),
         ("plan_saved_values", "captured", False),
         ("split_joint", "split", True),
@@ -128,7 +129,7 @@ DAMAGES = {
     ),
     "split_joint": (
         lambda work: work.pair().saved()[0][1].meta.update(val=None),
-        r"after pass split_joint \(before it: simplify_joint, tag_liveness, plan_saved_values\): illegal split graph: "
+        r"after pass split_joint \(before it: simplify_joint, split_gradients, tag_liveness, plan_saved_values\): illegal split graph: "
         "saved value .* has no example tensor",
     ),
     "insert_codecs": (
@@ -180,7 +181,8 @@ def test_debug_dumps_the_graphs_after_each_pass(caplog):
     step(model, model, chain_input())
     dumps = [record.getMessage() for record in caplog.records if record.name == "slimfit_fx.passes.graphs"]
     heads = [text.split(":\n")[0].removeprefix("after ") for text in dumps]
-    joint, pair = ["simplify_joint", "tag_liveness", "plan_saved_values"], [step.name for step in listed()[3:]]
+    names = [step.name for step in listed()]
+    joint, pair = names[:4], names[4:]
     assert heads == [*joint, *(name for name in pair for _ in ("forward", "backward"))]
     assert all("graph():" in text for text in dumps)
     assert "slimfit_fx.stash" in dumps[-2] and "higher_order.cond" in dumps[-1]
