@@ -5,9 +5,11 @@ from __future__ import annotations
 import hf_models
 import pytest
 import torch
+from graphs import calls, stopped_after
 from reference import compile_reference, differences, equal_bits, optimized, step
+from torch import nn
 
-import slimfit_fx.runtime.grouped  # noqa: F401  (registers the operator)
+from slimfit_fx.passes.split_gradients import split_gradients
 
 pytest.importorskip("transformers")
 OPS = torch.ops.slimfit_fx
@@ -44,6 +46,42 @@ def test_it_gives_the_bits_that_their_operator_gives(turned):
     assert equal_bits(dx, forward(g, weight.permute(0, 2, 1), ends))
     found = OPS.grouped_weight_gradient(x, g, ends, turned)
     assert equal_bits(dw, found) and dw.stride() == found.stride()
+
+
+class Experts(nn.Module):
+    """Three matrices; the second gets no row. ``frozen``: behind something that needs no gradient."""
+
+    def __init__(self, *, turned: bool = False, frozen: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6).requires_grad_(not frozen)
+        self.weight = nn.Parameter(torch.randn(3, 4, 6) if turned else torch.randn(3, 6, 4))
+        self.turned = turned
+        self.register_buffer("ends", torch.tensor([2, 2, 8], dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.transpose(1, 2) if self.turned else self.weight
+        return torch.ops.transformers.grouped_mm_fallback(self.first(x), weight, self.ends)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_gradients_get_an_operator_and_a_second_run_finds_nothing(turned):
+    both = theirs("grouped_mm_fallback_backward")
+    graph = stopped_after("split_gradients", Experts(turned=turned), (torch.randn(8, 6),)).work.joint.graph
+    assert calls(graph, both) == []
+    assert len(calls(graph, torch.ops.transformers.grouped_mm_fallback.default)) == 2, (
+        "forward, and the input's gradient"
+    )
+    (made,) = calls(graph, OPS.grouped_weight_gradient.default)
+    assert made.args[3] is turned
+    before = str(graph)
+    assert split_gradients(graph.owning_module) == 0 and str(graph) == before
+
+
+def test_an_operator_of_which_one_gradient_is_read_stays():
+    both = theirs("grouped_mm_fallback_backward")
+    work = stopped_after("split_gradients", Experts(frozen=True), (torch.randn(8, 6),)).work
+    assert len(calls(work.joint.graph, both)) == 1
 
 
 def test_experts_have_a_gate_each_and_gradients_stay_as_they_are():

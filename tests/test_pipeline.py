@@ -129,7 +129,8 @@ DAMAGES = {
     ),
     "split_joint": (
         lambda work: work.pair().saved()[0][1].meta.update(val=None),
-        r"after pass split_joint \(before it: simplify_joint, split_gradients, tag_liveness, plan_saved_values\): illegal split graph: "
+        r"after pass split_joint \(before it: simplify_joint, split_gradients, tag_liveness, plan_saved_values\): "
+        r"illegal split graph: "
         "saved value .* has no example tensor",
     ),
     "insert_codecs": (

@@ -21,6 +21,7 @@ from slimfit_fx.presets import RECOMPUTE_SHARES
 
 REWRITES = (
     "simplify_joint",
+    "split_gradients",
     "insert_codecs",
     "insert_gates",
     "sink_backward",
