@@ -46,6 +46,8 @@ NAMES = [pytest.param(n, marks=pytest.mark.thorough) if n in ALIKE else n for n 
 def reference(request):
     """One architecture without us, and its first step: compiled once for all tests of it."""
     model, batch = hf_models.build(request.param), hf_models.batch(request.param)
+    if request.param == "mixtral" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("no graph of its experts can be captured before transformers has an operator for their gradients")
     compiled = compile_reference(model)
     loss, grads = step(compiled, model, batch, seed=0)
     first = loss, {n: None if g is None else g.clone() for n, g in grads.items()}

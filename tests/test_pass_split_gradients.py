@@ -85,7 +85,7 @@ def test_an_operator_of_which_one_gradient_is_read_stays():
 
 
 def test_experts_have_a_gate_each_and_gradients_stay_as_they_are():
-    theirs("grouped_mm_fallback")
+    theirs("grouped_mm_fallback_backward")
     batch, reference = hf_models.batch("mixtral"), hf_models.build("mixtral")
     expected_loss, expected = step(compile_reference(reference), reference, batch)
     model, session = optimized(hf_models.build("mixtral"), preset="exact", scheduler="none")
@@ -102,7 +102,7 @@ def test_experts_have_a_gate_each_and_gradients_stay_as_they_are():
 
 
 def test_switched_off_the_plan_says_why_experts_have_no_gate():
-    theirs("grouped_mm_fallback")
+    theirs("grouped_mm_fallback_backward")
     chosen = {"preset": "exact", "scheduler": "none", "disabled_passes": ("split_gradients",)}
     model, session = optimized(hf_models.build("mixtral"), **chosen)
     step(model, model, hf_models.batch("mixtral"))
@@ -113,7 +113,7 @@ def test_switched_off_the_plan_says_why_experts_have_no_gate():
 @pytest.mark.thorough
 @pytest.mark.inductor
 def test_experts_under_inductor():
-    theirs("grouped_mm_fallback")
+    theirs("grouped_mm_fallback_backward")
     batch, reference = hf_models.batch("mixtral"), hf_models.build("mixtral")
     expected_loss, expected = step(compile_reference(reference, executor="inductor"), reference, batch)
     model, session = optimized(hf_models.build("mixtral"), executor="inductor", preset="exact", scheduler="none")

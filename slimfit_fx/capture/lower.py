@@ -224,6 +224,7 @@ def lower_plain(gm: fx.GraphModule, inputs: Sequence[Any], executor: str) -> Com
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's. Some of them (max_pool2d's) name ``torch._inductor.lowering`` without importing it."""
+    import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
     found: dict[Any, Callable[..., Any]] = select_decomp_table()
