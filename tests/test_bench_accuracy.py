@@ -189,6 +189,24 @@ def test_at_full_scale_three_seeds_choose(tmp_path):
     assert claims.standings(store.rows[:4], task, [FULL]) == []  # of the second seed, one rate only
 
 
+def test_more_seeds_may_choose_than_the_scale_asks_for(tmp_path):
+    """The first seed alone would take the larger rate."""
+
+    class Noisy(FakeTrainer):
+        def __call__(self, cell, task, method):
+            row = super().__call__(cell, task, method)
+            low = 0.0 if cell.seed else 2.0
+            return dataclasses.replace(row, validation=low) if cell.learning_rate == 2e-3 else row
+
+    task = make_task()
+    for tuning, rate, count in ((None, 2e-3, 5), (2, 1e-3, 6), (9, 1e-3, 8)):
+        trainer, store = Noisy(), Store(tmp_path / f"{tuning}.jsonl")
+        run([task], [FULL], range(4), store, trainer, tuning_seeds=tuning)
+        assert len(trainer.cells) == count_cells([task], [FULL], range(4), tuning) == count
+        (standing,) = claims.standings(store.rows, task, [FULL])
+        assert standing.learning_rate == rate and sorted(standing.by_seed) == [0, 1, 2, 3]
+
+
 def test_no_learning_rate_is_chosen_by_the_test_split(tmp_path):
     task, orders = make_task(), []
     for name, test in (("a", lambda cell: cell.learning_rate), ("b", lambda cell: -cell.learning_rate)):

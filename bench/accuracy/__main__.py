@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weights", type=Path, help="with --hub: folder of a model; default: download the paper's")
     made.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="names as in the table")
     made.add_argument("--seeds", type=int, help=f"default {SEEDS}, {QUICK_SEEDS} with --quick")
+    made.add_argument("--tuning-seeds", type=int, help="seeds that try all learning rates; default: 3, 1 with --quick")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument(
         "--executor",
@@ -87,9 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print; return 0."""
     made = parser()
     options = made.parse_args(arguments)
-    for name in ("seeds", "jobs", "threads"):
+    for name in ("seeds", "tuning_seeds", "jobs", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            made.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+            made.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     try:
         tasks = chosen_tasks(options)
         methods = chosen_methods(options, tasks)
@@ -121,7 +122,9 @@ def train(
     torch.set_num_threads(options.threads or max(1, cores // jobs))
     store.add_header({"machine": machine(options.device), "executor": options.executor, "scale": tasks[0].scale})
     seeds = seeds_of(options)
-    with tqdm(total=count_cells(tasks, methods, seeds), unit="cell", dynamic_ncols=True, smoothing=0.1) as cells:
+    with tqdm(
+        total=count_cells(tasks, methods, seeds, options.tuning_seeds), unit="cell", dynamic_ncols=True, smoothing=0.1
+    ) as cells:
 
         def finished(row: Row, is_new: bool) -> None:
             cells.update(1)
@@ -134,7 +137,7 @@ def train(
 
         if jobs == 1:
             with tqdm(unit="step", leave=False, dynamic_ncols=True, position=1) as steps:
-                run(tasks, methods, seeds, store, trainer_of(options, steps), finished)
+                run(tasks, methods, seeds, store, trainer_of(options, steps), finished, options.tuning_seeds)
             return
         for task in tasks:
             task.make_model(0), task.load()  # what is made once and kept on disk is not made by several
@@ -150,7 +153,8 @@ def train_piece(arguments: Sequence[str], finished: Finished) -> None:
     torch.set_num_threads(options.threads)
     tasks = chosen_tasks(options)
     known = ReadStore(store_of(options).path)
-    run(tasks, chosen_methods(options, tasks), seeds_of(options), known, trainer_of(options), finished)
+    methods = chosen_methods(options, tasks)
+    run(tasks, methods, seeds_of(options), known, trainer_of(options), finished, options.tuning_seeds)
 
 
 def seeds_of(options: argparse.Namespace) -> range:

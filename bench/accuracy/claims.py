@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from bench.accuracy.cells import FULL, TUNING_SEEDS, Method, Row, learning_rates, slimfit
 from bench.accuracy.run import best_learning_rate, mean_validation
@@ -58,11 +59,16 @@ def standings(rows: Sequence[Row], task: Task, methods: Sequence[Method]) -> lis
 
 
 def _standing(rows: Sequence[Row], task: Task, method: Method) -> Standing | None:
+    """The rate is chosen by the first seeds that tried all of them: as many as the scale asks for, or more."""
     rates = learning_rates(method, task.recipe.learning_rate, task.scale)
-    seeds = sorted({row.cell.seed for row in rows})[: TUNING_SEEDS[task.scale]]
-    tried = [row for row in rows if row.cell.seed in seeds and row.cell.learning_rate in rates]
-    if not seeds or len(tried) < len(seeds) * len(rates):
+    tried_by_seed: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.cell.seed):
+        if row.cell.learning_rate in rates:
+            tried_by_seed.setdefault(row.cell.seed, []).append(row)
+    complete = list(takewhile(lambda tried: len(tried) == len(rates), tried_by_seed.values()))
+    if len(complete) < min(TUNING_SEEDS[task.scale], max(1, len(tried_by_seed))):
         return None
+    tried = [row for of_seed in complete for row in of_seed]
     best = best_learning_rate(mean_validation(tried), higher_is_better=task.metric.higher_is_better)
     chosen = [row for row in rows if row.cell.learning_rate == best]
     by_seed = {row.cell.seed: task.metric.points * row.test for row in chosen}

@@ -21,10 +21,12 @@ def run(
     store: Store,
     train_cell: TrainCell,
     report: Report = lambda row, is_new: None,
+    tuning_seeds: int | None = None,
 ) -> None:
     """Finish every cell that ``store`` does not hold yet; each is written as soon as it is done.
 
-    The learning rates are compared with the first ``TUNING_SEEDS``; the other seeds train with the best one.
+    The learning rates are compared with the first ``tuning_seeds`` (default: the scale's ``TUNING_SEEDS``); the other
+    seeds train with the best one.
     """
     for task in tasks:
         fingerprint = task.fingerprint()
@@ -39,7 +41,7 @@ def run(
 
         for method in methods:
             rates = learning_rates(method, task.recipe.learning_rate, task.scale)
-            tuning = min(TUNING_SEEDS[task.scale], len(seeds))
+            tuning = min(tuning_seeds or TUNING_SEEDS[task.scale], len(seeds))
             grid = [cell for seed in seeds[:tuning] for cell in cells_of(task.name, task.scale, method, rates, seed)]
             tried = [finish(cell, task, method) for cell in grid]
             best = best_learning_rate(mean_validation(tried), higher_is_better=task.metric.higher_is_better)
@@ -67,7 +69,9 @@ def best_learning_rate(validation: Mapping[float, float], *, higher_is_better: b
     return max(validation, key=rank)
 
 
-def count_cells(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int]) -> int:
+def count_cells(
+    tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int], tuning_seeds: int | None = None
+) -> int:
     """How many cells ``run`` finishes."""
-    tuned = [(min(TUNING_SEEDS[task.scale], len(seeds)), TRIED_RATES[task.scale]) for task in tasks]
+    tuned = [(min(tuning_seeds or TUNING_SEEDS[task.scale], len(seeds)), TRIED_RATES[task.scale]) for task in tasks]
     return sum(tuning * rates + len(seeds) - tuning for tuning, rates in tuned for _ in methods)
