@@ -195,7 +195,7 @@ def test_more_seeds_may_choose_than_the_scale_asks_for(tmp_path):
     class Noisy(FakeTrainer):
         def __call__(self, cell, task, method):
             row = super().__call__(cell, task, method)
-            low = 0.0 if cell.seed else 2.0
+            low = -2.0 if cell.seed else 2.0
             return dataclasses.replace(row, validation=low) if cell.learning_rate == 2e-3 else row
 
     task = make_task()
