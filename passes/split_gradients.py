@@ -7,8 +7,9 @@
 
 What is behind the gate of ``w`` can then be skipped, and ``x`` dropped, while ``dx`` is always needed. These are the
 products of a mixture of experts in transformers that is not in bf16 throughout; its operator computes both gradients
-apart, expert by expert, so that neither work nor bits change. (``convolution_backward`` makes several gradients, too.
-Its parts would have to be compiled inside a branch for layouts that the compiler has not chosen yet.)
+apart, expert by expert, so that neither products nor bits change. On a GPU each of the two waits for ``ends``, as the
+one did. (``convolution_backward`` makes several gradients, too. Its parts would have to be compiled inside a branch for
+layouts that the compiler has not chosen yet.)
 """
 
 from __future__ import annotations
