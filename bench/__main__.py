@@ -17,6 +17,7 @@ COMMANDS = {
     "time": ("bench.time", "step time, compile time and recompiles of one model"),
     "profile": ("bench.profile", "where the time of a step goes"),
     "peak": ("bench.peak", "predicted against measured peaks"),
+    "levels": ("bench.levels", "levels of recompute: expected peaks against those of Inductor's code"),
     "budget": ("bench.budget", "accepted budgets against what steps then take"),
     "lossless": ("bench.lossless", "recompute without loss against activation_memory_budget and checkpointing"),
     "schedule": ("bench.schedule", "what choosing the open units costs"),

@@ -43,7 +43,9 @@ def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout
     if planning is not None and planning.refusal:
         refusals += (("the graph", planning.refusal),)
     told = planning or Planning(None)
-    return GraphPlan(tuple(rows), refusals, gated, note=told.note, time=told.time, blocks=told.blocks)
+    return GraphPlan(
+        tuple(rows), refusals, gated, note=told.note, time=told.time, blocks=told.blocks, faster=told.faster
+    )
 
 
 def _why_missing(cones: ConePlan, gate: int) -> str:

@@ -27,6 +27,7 @@ from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.dynamo import one_graph
 from slimfit_fx.config import Config
+from slimfit_fx.planning.budget import format_bytes
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
@@ -362,7 +363,24 @@ def build_plan(
         if g.chosen is not None
     ]
     notes = (*merged.notes, *fitted, *_milder_codecs(chosen, config))
-    return dataclasses.replace(merged, notes=notes, **known)
+    found = dataclasses.replace(merged, notes=notes, **known)
+    return dataclasses.replace(found, notes=(*notes, *needless_recompute(found)))
+
+
+def needless_recompute(plan: MemoryPlan) -> list[str]:
+    """That another level of recompute takes less time and no more memory: the optimizer's step is the peak."""
+    step, faster = plan.timeline, plan.faster
+    if faster is None or step is None or step.phase != "optimizer step":
+        return []
+    if not 0 < faster.more_bytes <= step.highest_bytes - step.peak_bytes:
+        return []
+    error = plan.expected_gradient_error or 0.0
+    loses = f", with a gradient error of {faster.gradient_error:.2g} to expect" * (faster.gradient_error > error)
+    return [
+        f'recompute="{faster.recompute}" is expected to take {faster.less_ms:.3g} ms less and no more memory in all'
+        f"{loses}: the optimizer's step takes {format_bytes(step.highest_bytes)}, forward and backward take "
+        f"{format_bytes(step.peak_bytes)} and would take {format_bytes(faster.more_bytes)} more"
+    ]
 
 
 def _milder_codecs(graphs: Sequence[CapturedGraph], config: Config) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,20 @@ class Batched(nn.Module):
         return self.norm(x.flatten(0, 1)).view(x.shape)
 
 
+class Experts(nn.Module):
+    """A matrix for each expert, by transformers' operator; the second gets no row. ``turned``: kept the other way."""
+
+    def __init__(self, width: int, *, turned: bool = False) -> None:
+        super().__init__()
+        self.turned, self.weight = turned, nn.Parameter(torch.randn(3, width, width) / 4)
+        self.register_buffer("ends", torch.tensor([1, 1, 3], dtype=torch.int32))  # all rows behind are nobody's
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.transpose(1, 2) if self.turned else self.weight
+        rows = x.flatten(0, 1).to(weight.dtype)
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, self.ends).view(x.shape)
+
+
 class Apply(nn.Module):
     """A function without parameters."""
 
@@ -199,6 +214,13 @@ def _unbound(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.1 * x) * (x.abs() < 2).to(x.dtype) + x.clamp(-1, 1)
+
+
+def _has_experts() -> bool:
+    """Whether transformers is installed and has the operator of its experts (from 5.2x on, and torch 2.12)."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.integrations.moe")
+    return hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
 
 
 LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -240,6 +262,8 @@ LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
     "masked": lambda w, d: Apply(_masked),
 }
 """Name -> layer of (width, dropout rate)."""
+if _has_experts():
+    LAYERS |= {"experts": lambda w, d: Experts(w), "turned experts": lambda w, d: Residual(Experts(w, turned=True))}
 
 HEADS = ("logits", "loss", "tied to the embedding", "several outputs", "intermediate too")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import budget, plan_big, plan_time, report, schedule, trainer
+from bench import levels as bench_levels
 from bench import profile as step_profile
 from bench import time as step_time
 from bench.models import make_case
@@ -258,3 +259,23 @@ def test_the_bound_on_the_scheduler_is_kept_with_its_verdict(monkeypatch, result
     bounds = json.loads(path.read_text())["bounds"]
     assert [(line["measured"], line["verdict"]) for line in bounds] == [(0.01, "PASS"), (0.02, "SHORT by 100.0%")]
     assert [line["must reach"] for line in bounds] == ["<= 0.01"] * 2
+
+
+# ---- levels of recompute
+
+
+def test_levels_are_shown_as_expected_and_as_inductor_has_them(monkeypatch, capsys):
+    tiny = {"model": "bert", "width": 32, "heads": 2, "batch": 32, "length": 16, "vocab": 50}
+    monkeypatch.setattr(bench_levels, "CASES", {"tiny": tiny})
+    found: list[bench_levels.Level] = []
+    weighed = bench_levels.weighed
+
+    def watched(*given: Any) -> list[bench_levels.Level]:
+        found.extend(weighed(*given))
+        return found[:1]  # code is written for one of them
+
+    monkeypatch.setattr(bench_levels, "weighed", watched)
+    assert bench_levels.main(["--layers", "3"]) == 0
+    assert [one.name for one in found][:3] == ["cheap", "products", "blocks"]
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cheap"))
+    assert row[1] == "100%" and 0.5 < float(row[-1]) < 1.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -22,11 +24,14 @@ from slimfit_fx.planning import levels
 from slimfit_fx.planning.levels import Level, choose, shrink, spare
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.roofline import node_flops
+from slimfit_fx.planning.rows import Faster, GraphPlan, MemoryPlan, merge_plans
+from slimfit_fx.planning.timeline import Timeline
 from slimfit_fx.presets import BLOCK_INPUT, RECOMPUTE
+from slimfit_fx.session import needless_recompute
 
 
-def level(name: str, saved: float, again: float, *, blocks=8, brought=0.0, error=0.0) -> Level:
-    return Level(name, Planning(None), saved, again, 100.0, blocks, brought_back=brought, error=error)
+def level(name: str, saved: float, again: float, *, blocks=8, working=0.0, error=0.0) -> Level:
+    return Level(name, Planning(None), saved, saved + working, again, 100.0, blocks, error=error)
 
 
 @pytest.mark.parametrize(
@@ -54,34 +59,44 @@ def test_a_level_at_which_nothing_can_be_planned_is_not_taken():
     assert choose([level("cheap", 80.0, 0.0), level("blocks", math.inf, 0.0)]).name == "cheap"
 
 
-def test_what_the_last_block_brings_back_counts():
-    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, brought=51.0)]).name == "cheap"
-    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, brought=49.0)]).name == "blocks"
+def test_what_a_block_brings_back_counts():
+    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, working=51.0)]).name == "cheap"
+    assert choose([level("cheap", 80.0, 0.0), level("blocks", 30.0, 1.0, working=49.0)]).name == "blocks"
 
 
 @pytest.mark.parametrize(
-    ("brought", "share"),
-    [(0.0, 1.0), (4.9, 1.0), (5.1, 0.875), (20.0, 0.5), (39.0, 0.125), (40.0, None), (500.0, None)],
+    ("more", "share"),
+    [(-3.0, 1.0), (0.0, 1.0), (4.9, 1.0), (5.1, 0.875), (20.0, 0.5), (39.0, 0.125), (40.0, None), (500.0, None)],
 )
-def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(brought, share, monkeypatch):
-    """Eight blocks save 40, five each."""
-    first, whole = level("cheap", 80.0, 0.0), level("blocks", 40.0, 80.0, brought=brought)
-    monkeypatch.setattr(levels, "plan_level", lambda planner: planner)
-    found = shrink(SimpleNamespace(at_level=lambda *chosen: chosen), whole, first)
-    assert found == (None if share is None else whole if share == 1 else ("blocks", share))
+def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(more, share, monkeypatch):
+    """Eight blocks save 40, five each; ``first`` needs 7 at work, too."""
+    first, whole = level("cheap", 80.0, 0.0, working=7.0), level("blocks", 40.0, 80.0, working=7.0 + more)
+    monkeypatch.setattr(levels, "plan_level", lambda share: dataclasses.replace(whole, share=share))
+    found = shrink(SimpleNamespace(at_level=lambda _, share: share), whole, first)
+    assert (None if found is None else found.share) == share
+
+
+def test_no_more_blocks_are_spared_than_the_expected_peak_allows(monkeypatch):
+    first, whole = level("cheap", 80.0, 0.0), level("blocks", 40.0, 80.0, working=20.0)
+    peaks = {0.5: 61.0, 0.625: 60.7, 0.75: 60.5}  # 60.6 is as good as 60
+    monkeypatch.setattr(levels, "plan_level", lambda s: dataclasses.replace(whole, share=s, peak_bytes=peaks[s]))
+    planner = SimpleNamespace(at_level=lambda _, share: share)
+    assert shrink(planner, whole, first).share == 0.75
+    peaks |= {0.75: 61.0, 0.875: 61.0}
+    assert shrink(planner, whole, first) is whole
 
 
 @pytest.mark.parametrize(
     ("fewer", "all_of_them"),
     [
         (level("blocks", 58.0, 1.0, error=0.031), False),  # 60 against 58: not worth the time
-        (level("blocks", 50.0, 1.0, brought=12.0), True),  # attention scores of the last block come back anyway
+        (level("blocks", 50.0, 1.0, working=12.0), True),  # attention scores of the last block come back anyway
         (level("blocks", 51.0, 1.0, error=0.245), True),  # where blocks do not run again, four bits are kept
     ],
 )
 def test_the_last_blocks_are_spared_unless_all_cost_less(fewer, all_of_them, monkeypatch):
     monkeypatch.setattr(levels, "shrink", lambda *_: fewer)
-    whole = level("blocks", 32.0, 2.0, brought=25.0, error=0.023)
+    whole = level("blocks", 32.0, 2.0, working=25.0, error=0.023)
     assert spare(None, whole, level("cheap", 196.0, 0.0)) == [fewer, whole][: 1 + all_of_them]
 
 
@@ -90,12 +105,12 @@ def test_a_level_that_saves_nothing_is_spared_in_all_blocks():
 
 
 def test_what_is_not_paid_in_all_blocks_runs_again_in_fewer():
-    found = [level("cheap", 196.0, 0.0), level("blocks", 50.0, 80.0, brought=12.0), level("blocks", 32.0, 95.0)]
+    found = [level("cheap", 196.0, 0.0), level("blocks", 50.0, 80.0, working=12.0), level("blocks", 32.0, 95.0)]
     assert choose(found) is found[1]
 
 
 def test_a_level_is_as_dear_as_what_it_loses():
-    rough, fine = level("cheap", 50.0, 0.0, error=0.2), level("blocks", 40.0, 1.0, brought=15.0, error=0.02)
+    rough, fine = level("cheap", 50.0, 0.0, error=0.2), level("blocks", 40.0, 1.0, working=15.0, error=0.02)
     assert rough.peak_bytes < fine.peak_bytes and choose([rough, fine]) is fine
 
 
@@ -164,10 +179,45 @@ def test_the_plan_says_what_was_chosen_beyond_cheap_work(freeze_rate, expected):
 
 
 def test_the_plan_says_in_how_many_of_the_blocks():
-    ids = tokens(batch=8)[0]
+    ids = tokens(batch=64)[0]
     plan = slimfit_fx.plan(post_norm(depth=6), ids, torch.ones_like(ids), config=Config(recompute="auto", min_bytes=0))
     (note,) = (n for n in plan.notes if "recompute" in n)
     assert re.search(r'"auto": \w+ in the first \d+%, \d+% of the operations', note)
+
+
+def merged(*, peak: int, update: int, faster: Faster | None) -> MemoryPlan:
+    """The plan of a step that takes ``peak``, and an optimizer's step that takes ``update``."""
+    step = Timeline((0,), (peak, 1), (1, update), peak, 1, ())
+    graph = GraphPlan((), (), (), faster=faster)
+    whole = merge_plans([graph], [()], [], preset="max", freeze_rate=0.9, parameter_bytes=1, optimizer_bytes=2)
+    return dataclasses.replace(whole, timeline=step, expected_gradient_error=0.02)
+
+
+@pytest.mark.parametrize(
+    ("peak", "more", "error", "says"),
+    [
+        (60, 40, 0.02, "take 12 ms less and no more memory in all: the optimizer's step"),
+        (60, 40, 0.16, "no more memory in all, with a gradient error of 0.16 to expect: the optimizer's step"),
+        (60, 41, 0.02, None),  # 101 of 100
+        (110, 5, 0.02, None),  # the step is the peak
+        (60, -5, 0.02, None),  # it was taken for its error
+    ],
+)
+def test_the_plan_says_where_recompute_buys_nothing(peak, more, error, says):
+    found = needless_recompute(merged(peak=peak, update=100, faster=Faster("cheap", more, 12.0, error)))
+    assert (found == []) if says is None else (says in found[0] and 'recompute="cheap"' in found[0])
+    assert needless_recompute(merged(peak=peak, update=100, faster=None)) == []
+
+
+def test_what_was_left_survives_json_and_is_summed_over_graphs():
+    left = Faster("cheap", 5, 1.5, 0.1)
+    graph = GraphPlan((), (), (), faster=left)
+    assert GraphPlan.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    both = merge_plans(
+        [graph, GraphPlan((), (), ()), graph], [(), (), ()], [],
+        preset="max", freeze_rate=0.9, parameter_bytes=1, optimizer_bytes=2,
+    )  # fmt: skip
+    assert both.faster == Faster("cheap", 10, 3.0, 0.1)
 
 
 def test_gradients_are_the_same_bits():

@@ -5,10 +5,10 @@ whole blocks cost less than that to run again: each level of recompute is planne
 for the one with the fewest bytes at the peak is taken. Products stand for time: they make up nearly all of it where
 there is memory to be saved.
 
-The peak falls where backward begins: all that is saved is there, and what the last block has brought back for its own
-backward. So the last blocks, as many as save no more than the largest product that one of them brings back, need not
-run again: ``shrink``. (With the sum of these products instead, BERT-base of 12 layers took 8% less time, but measured
-steps under ILS peaked a tenth higher.)
+Bytes at the peak are those that the joint graph lets expect (expected_peak.py): all that is saved, and what a block
+brings back for its own backward. Saved bytes alone mislead: where attention scores stand in memory, whole blocks bring
+so much back that BERT-base takes 1.5 times what it takes if the inputs of its products are saved. So the last blocks,
+as many as save no more than one of them brings back, need not run again: ``shrink``.
 
 Accuracy has a price, too: a level counts with its bytes times 1 + the relative gradient error to expect of its codecs.
 What blocks are computed again from is stored in eight bits by every preset, so under one of four bits these blocks lose
@@ -21,14 +21,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
+from slimfit_fx.planning.expected_peak import expected_peak
 from slimfit_fx.planning.planner import Planner, Planning
+from slimfit_fx.planning.rows import Faster
 from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.presets import PARTS
 
 _WORTH_ITS_TIME = 0.95
 """Times what a level costs in fewer blocks it must cost at most in all of them, for these to run again."""
+_SAME_PEAK = 1.01
 _SHARE_SPENT = 0.9
 """Of the operations that are spared, what may be spent on running products again; pointwise work takes the rest."""
 
@@ -40,7 +42,9 @@ class Level:
     name: str
     planning: Planning
     saved_bytes: float
-    """Expected; infinite if nothing could be planned."""
+    """Expected, where backward begins; infinite if nothing could be planned."""
+    peak_bytes: float
+    """Expected, in backward."""
     again: float
     """Operations of products that forward ran and backward runs again."""
     spared: float
@@ -49,15 +53,13 @@ class Level:
     """How many repeated blocks were found; without any a chain of recompute would run through the whole model."""
     share: float = 1.0
     """Of the blocks, from the first on: where the level holds."""
-    brought_back: float = 0.0
-    """Of the largest product that runs again for the last block's backward, where peaks fall; others come and go."""
     error: float = 0.0
     """The relative gradient error to expect of its codecs; 0 where that is not known."""
 
     @property
-    def peak_bytes(self) -> float:
-        """What is there when backward begins, as far as levels differ."""
-        return self.saved_bytes + self.brought_back
+    def working_bytes(self) -> float:
+        """What backward takes beside what is saved."""
+        return self.peak_bytes - self.saved_bytes
 
     @property
     def cost(self) -> float:
@@ -69,17 +71,15 @@ def plan_level(planner: Planner) -> Level:
     """What ``planner`` comes to at its level."""
     planning = planner.plan()
     cut = planning.cut
-    windows = () if planner.recompute == "cheap" else planner.blocks.windows
-    again = set() if cut is None or not windows else cut.recomputed & set(windows[-1])
     return Level(
         planner.recompute,
         planning,
-        saved_bytes=math.inf if cut is None else sum(planner.save_cost(n) for n in cut.saved),
+        saved_bytes=math.inf if cut is None else sum(planner.held_bytes(n) for n in cut.saved),
+        peak_bytes=math.inf if cut is None else expected_peak(planner, cut),
         again=0.0 if cut is None else sum(map(planner.expected_flops, cut.recomputed & planner.forward)),
         spared=planner.spared_flops,
-        blocks=len(windows),
+        blocks=planning.blocks,
         share=planner.recompute_share,
-        brought_back=max((planner.chance(n) * nbytes(n) for n in again if ops.is_matrix_product(n)), default=0.0),
         error=_error_of(planning),
     )
 
@@ -100,10 +100,15 @@ def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
     """``level`` in the fewest blocks that do not raise its peak; None if ``first`` peaks no higher than it would."""
     if not level.saved_bytes < first.saved_bytes:  # also where neither could be planned
         return None
-    spared = int(level.blocks * level.brought_back / (first.saved_bytes - level.saved_bytes))
-    if spared >= level.blocks:
+    more_at_work = max(0.0, level.working_bytes - first.working_bytes)
+    most = int(level.blocks * more_at_work / (first.saved_bytes - level.saved_bytes))
+    if most >= level.blocks:
         return None
-    return plan_level(planner.at_level(level.name, 1 - spared / level.blocks)) if spared else level
+    for spared in range(most, 0, -1):
+        fewer = plan_level(planner.at_level(level.name, 1 - spared / level.blocks))
+        if fewer.peak_bytes <= _SAME_PEAK * level.peak_bytes:
+            return fewer
+    return level
 
 
 def spare(planner: Planner, level: Level, first: Level) -> list[Level]:
@@ -145,4 +150,13 @@ def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
         note += f" in the first {chosen.share:.0%}"
     if chosen.again and chosen.spared:
         note += f", {chosen.again / chosen.spared:.0%} of the operations that closed units are expected to spare"
-    return replace(chosen.planning, note=note)
+    return replace(chosen.planning, note=note, faster=_faster(planner, first, chosen))
+
+
+def _faster(planner: Planner, first: Level, chosen: Level) -> Faster | None:
+    """What ``first`` would cost and spare; None if it spares no time."""
+    times = [planner.expected_time(level.planning) for level in (first, chosen)]
+    spent = [math.inf if t is None else t.again_ms + t.codecs_ms for t in times]
+    if not spent[0] < spent[1] < math.inf:
+        return None
+    return Faster(first.name, round(first.peak_bytes - chosen.peak_bytes), spent[1] - spent[0], first.error)

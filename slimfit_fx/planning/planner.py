@@ -23,7 +23,7 @@ from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 from slimfit_fx.planning.prices import Prices, inner_size
 from slimfit_fx.planning.roofline import node_flops
-from slimfit_fx.planning.rows import ExpectedTime
+from slimfit_fx.planning.rows import ExpectedTime, Faster
 from slimfit_fx.presets import BLOCK_INPUT, PARTS
 
 MAX_GATES_PER_CONE = 4
@@ -71,6 +71,8 @@ class Planning:
     """What it is expected to cost and to spare."""
     blocks: int = 0
     """How many repeated blocks were found; 0 where only cheap work runs again."""
+    faster: Faster | None = None
+    """What was left for less memory."""
 
 
 def effective_gates(serves: frozenset[int]) -> frozenset[int]:
@@ -318,6 +320,18 @@ class Planner:
         if decision.parts is not None:  # the rest is for units that train, and buys accuracy
             return _PREFER_PARTS * self._size_under(decision.parts[0], node) + 1.0
         return size * self.chance(node) + self.prices.bytes_for(self.codec_ms(node, decision)) + 1.0
+
+    def held_bytes(self, node: fx.Node) -> float:
+        """Bytes that are expected to be held for ``node`` until backward, if it is saved."""
+        if node.op == "placeholder" or not ops.is_tensor(node):
+            return 0.0
+        decision = self.decide(node)
+        if decision.kind in ("input", "output"):
+            return 0.0
+        if decision.parts is None:
+            return self._size_under(decision.codec, node) * self.chance(node)
+        static, units = decision.parts
+        return self._size_under(static, node) + self._size_under(units, node) * self._chance_beside(node)
 
     def codec_ms(self, node: fx.Node, decision: Decision) -> float:
         """Milliseconds to expect of encoding ``node`` and, if it is needed, decoding it; 0 without a codec."""

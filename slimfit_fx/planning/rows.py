@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,19 @@ class ExpectedTime:
 
 
 @dataclass(frozen=True)
+class Faster:
+    """A level of recompute that was not taken because it saves more: what it would cost, and spare."""
+
+    recompute: str
+    more_bytes: int
+    """Held when backward begins, expected, beyond what the level that was taken holds then."""
+    less_ms: float
+    """By the device's roofline, of recompute and codecs."""
+    gradient_error: float
+    """The relative gradient error to expect of its codecs; 0 where that is not known."""
+
+
+@dataclass(frozen=True)
 class GraphPlan:
     """The plan of one captured graph; gates are numbers (a graph names no layer) until ``merge_plans`` names them."""
 
@@ -111,6 +125,8 @@ class GraphPlan:
     """What recompute and codecs cost and closed units spare; None where nothing was planned."""
     blocks: int = 0
     """How many repeated blocks were found; 0 also where nobody looked, since only cheap work runs again."""
+    faster: Faster | None = None
+    """What ``recompute="auto"`` left for less memory; None if it took the fastest level."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -129,6 +145,7 @@ class GraphPlan:
             data["note"],
             None if data["time"] is None else ExpectedTime(**data["time"]),
             data["blocks"],
+            None if data["faster"] is None else Faster(**data["faster"]),
         )
 
 
@@ -160,6 +177,8 @@ class MemoryPlan:
     """Relative error of the gradient to expect of the codecs in use (sensitivity.py); None if it is not known."""
     time: ExpectedTime | None = None
     """What recompute and codecs are expected to cost, and closed units to spare, in all graphs."""
+    faster: Faster | None = None
+    """What ``recompute="auto"`` left for less memory, in all graphs; None if it took the fastest level."""
 
     def with_comparison(self, before: Timeline | str) -> MemoryPlan:
         """The same plan with plain torch.compile's step beside it, or the reason why that is not known."""
@@ -260,7 +279,15 @@ def merge_plans(
         notes,
         expected_gradient_error=_expected_error(rows),
         time=functools.reduce(operator.add, times) if times else None,
+        faster=_faster([g.faster for g in graphs if g.faster is not None]),
     )
+
+
+def _faster(left: Sequence[Faster]) -> Faster | None:
+    if not left:
+        return None
+    more, less = sum(f.more_bytes for f in left), math.fsum(f.less_ms for f in left)
+    return Faster(left[0].recompute, more, less, max(f.gradient_error for f in left))
 
 
 def _expected_error(rows: Sequence[PlanRow]) -> float | None:

@@ -1,0 +1,79 @@
+"""Levels of recompute by the peak that ``recompute="auto"`` expects of them, and by that of Inductor's code.
+
+``python -m bench levels``: all units closed; nothing is trained, and activations take no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+from tabulate import tabulate
+
+import slimfit_fx
+from bench.models import Case, build_model, make_batch, make_case
+from slimfit_fx.config import Config
+from slimfit_fx.planning import levels
+from slimfit_fx.planning.levels import Level
+from slimfit_fx.planning.planner import Planner
+
+CASES: dict[str, dict[str, Any]] = {
+    "bert 32x128, dropout on attention scores": {
+        "model": "bert", "layers": 12, "batch": 32, "length": 128, "attention_dropout": 0.1,
+    },
+    "bert 32x128": {"model": "bert", "layers": 12, "batch": 32, "length": 128},
+    "bert 128x384": {"model": "bert", "layers": 12, "batch": 128, "length": 384},
+    "vit 32": {"model": "vit", "layers": 12, "batch": 32},
+}  # fmt: skip
+
+
+def weighed(case: Case, preset: str) -> list[Level]:
+    """The levels that ``recompute="auto"`` plans for ``case``, in its order; the one it takes is among them."""
+    found: list[Level] = []
+    usual = levels.plan_level
+
+    def plan_level(planner: Planner) -> Level:
+        found.append(usual(planner))
+        return found[-1]
+
+    with mock.patch.object(levels, "plan_level", plan_level):
+        slimfit_fx.plan(build_model(case), config=Config(preset=preset, recompute="auto"), **make_batch(case))
+    return found
+
+
+def row_of(case: Case, preset: str, level: Level) -> dict[str, Any]:
+    """One level, expected and as Inductor's code has it; megabytes."""
+    config = Config(preset=preset, recompute=level.name, recompute_share=level.share)  # type: ignore[arg-type]
+    peak = slimfit_fx.plan(build_model(case), config=config, peak=True, **make_batch(case)).peak
+    assert peak is not None
+    return {
+        "recompute": level.name,
+        "blocks": f"{level.share:.0%}",
+        "saved": level.saved_bytes / 1e6,
+        "expected peak": level.peak_bytes / 1e6,
+        "peak": peak.closed_bytes / 1e6,
+        "expected / peak": level.peak_bytes / peak.closed_bytes,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one table for each case; return 0."""
+    parser = argparse.ArgumentParser("python -m bench levels", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--preset", default="balanced", choices=["balanced", "max"])
+    parser.add_argument("--layers", type=int, help="instead of twelve")
+    options = parser.parse_args(arguments)
+    for name in options.cases:
+        settings = CASES[name] if options.layers is None else {**CASES[name], "layers": options.layers}
+        case = make_case(**settings)
+        rows = [row_of(case, options.preset, level) for level in weighed(case, options.preset)]
+        print(f"\n{name}, {options.preset}; MB, all units closed")
+        print(tabulate(rows, headers="keys", floatfmt=("", "", ".0f", ".0f", ".0f", ".2f")), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
