@@ -37,7 +37,7 @@ class Reference:
     first: tuple[Tensor, Gradients]
 
 
-ALIKE = ("deit", "electra", "roberta")
+ALIKE = ("deit", "distilbert", "electra", "roberta")
 """Whose graphs differ little from those of vit and bert."""
 NAMES = [pytest.param(n, marks=pytest.mark.thorough) if n in ALIKE else n for n in hf_models.CONFIGS]
 

@@ -85,21 +85,23 @@ def test_it_is_at_least_what_is_saved(spec: Spec):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("scores", [True, pytest.param(False, marks=pytest.mark.thorough)])
-def test_levels_are_in_the_order_of_what_inductor_takes(scores):
+@pytest.mark.parametrize(
+    ("scores", "levels"), [(True, RECOMPUTE[1:]), pytest.param(False, RECOMPUTE, marks=pytest.mark.thorough)]
+)
+def test_levels_are_in_the_order_of_what_inductor_takes(scores, levels):
     """Where two differ much. With attention scores in memory whole blocks bring back more than they save."""
     ids = torch.arange(16 * 128).reshape(16, 128) % 31
     batch, taken, expected = (ids, torch.ones_like(ids)), dict[str, float](), dict[str, float]()
-    planner = planner_of(bert(4, scores=scores), batch, preset="balanced", recompute="cheap")
-    for level in RECOMPUTE:
+    planner = planner_of(bert(3, scores=scores), batch, preset="balanced", recompute="cheap")
+    for level in levels:
         config = Config(preset="balanced", recompute=level, min_bytes=0)
-        plan = slimfit_fx.plan(bert(4, scores=scores), *batch, config=config, peak=True)
+        plan = slimfit_fx.plan(bert(3, scores=scores), *batch, config=config, peak=True)
         assert plan.peak is not None
         taken[level] = plan.peak.closed_bytes
         one = planner.at_level(level)
         expected[level] = expected_peak(one, one.plan().cut)
         assert 0.6 < expected[level] / taken[level] < 1.3, (level, expected, taken)
-    for one, other in itertools.permutations(RECOMPUTE, 2):
+    for one, other in itertools.permutations(levels, 2):
         if taken[one] < 0.8 * taken[other]:
             assert expected[one] < expected[other], (taken, expected)
     if scores:

@@ -7,8 +7,9 @@ there is memory to be saved.
 
 Bytes at the peak are those that the joint graph lets expect (expected_peak.py): all that is saved, and what a block
 brings back for its own backward. Saved bytes alone mislead: where attention scores stand in memory, whole blocks bring
-so much back that BERT-base takes 1.5 times what it takes if the inputs of its products are saved. So the last blocks,
-as many as save no more than one of them brings back, need not run again: ``shrink``.
+so much back that BERT-base takes 1.5 times what it takes if attention's output is saved, too. The peak falls where
+backward begins, or in the first block that runs again: the last blocks, as many as save no more than one of them brings
+back, need not run again (``shrink``).
 
 Accuracy has a price, too: a level counts with its bytes times 1 + the relative gradient error to expect of its codecs.
 What blocks are computed again from is stored in eight bits by every preset, so under one of four bits these blocks lose
@@ -31,6 +32,7 @@ from slimfit_fx.presets import PARTS
 _WORTH_ITS_TIME = 0.95
 """Times what a level costs in fewer blocks it must cost at most in all of them, for these to run again."""
 _SAME_PEAK = 1.01
+"""Times the peak of all blocks that fewer of them may be expected to peak at."""
 _SHARE_SPENT = 0.9
 """Of the operations that are spared, what may be spent on running products again; pointwise work takes the rest."""
 
