@@ -364,7 +364,9 @@ def build_plan(
     ]
     notes = (*merged.notes, *fitted, *_milder_codecs(chosen, config))
     found = dataclasses.replace(merged, notes=notes, **known)
-    return dataclasses.replace(found, notes=(*notes, *needless_recompute(found)))
+    # earlier micro-batches' gradients would have to count as well
+    needless = [] if config.gradient_accumulation else needless_recompute(found)
+    return dataclasses.replace(found, notes=(*notes, *needless))
 
 
 def needless_recompute(plan: MemoryPlan) -> list[str]:

@@ -217,7 +217,7 @@ def _masked(x: Tensor) -> Tensor:
 
 
 def _has_experts() -> bool:
-    """Whether transformers is installed and has the operator of its experts (from 5.2x on, and torch 2.12)."""
+    """Whether transformers is installed, and has here the operator of its experts."""
     with contextlib.suppress(ImportError):
         importlib.import_module("transformers.integrations.moe")
     return hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")

@@ -16,6 +16,7 @@ Against the code that Inductor writes for BERT-base and ViT-B, with all units cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import fx
@@ -26,6 +27,7 @@ from slimfit_fx.planning.mincut import Cut
 from slimfit_fx.planning.planner import Planner
 
 _LIKELY = 0.5
+"""The chance to be needed from which on a node counts as run."""
 _MOST_READ = 4
 """What reads more values than these is put into memory, rather than computed anew by each of its readers."""
 
@@ -36,7 +38,7 @@ def expected_peak(planner: Planner, cut: Cut) -> float:
     stands, last_read = _memory_of(planner, cut, run)
     grads = {_owner(node, cut) for node in planner.joint.grad_nodes() if node is not None}
     held = {node: planner.held_bytes(node) for node in cut.saved}
-    now = peak = sum(held.values())
+    now = peak = math.fsum(held.values())  # whatever the order of a set
     released: dict[int, list[fx.Node]] = {}
     for place, node in enumerate(run):
         if node in stands or node in grads:

@@ -76,9 +76,9 @@ def plan_level(planner: Planner) -> Level:
     return Level(
         planner.recompute,
         planning,
-        saved_bytes=math.inf if cut is None else sum(planner.held_bytes(n) for n in cut.saved),
+        saved_bytes=math.inf if cut is None else math.fsum(map(planner.held_bytes, cut.saved)),
         peak_bytes=math.inf if cut is None else expected_peak(planner, cut),
-        again=0.0 if cut is None else sum(map(planner.expected_flops, cut.recomputed & planner.forward)),
+        again=0.0 if cut is None else math.fsum(map(planner.expected_flops, cut.recomputed & planner.forward)),
         spared=planner.spared_flops,
         blocks=planning.blocks,
         share=planner.recompute_share,

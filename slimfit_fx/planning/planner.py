@@ -243,7 +243,7 @@ class Planner:
     @functools.cached_property
     def spared_flops(self) -> float:
         """Operations of products that only closed units need, as far as they are expected to be closed."""
-        return sum((1.0 - self.chance(n)) * node_flops(n) for n in self.needed_backward)
+        return math.fsum((1.0 - self.chance(n)) * node_flops(n) for n in self.needed_backward)
 
     # -- what saving costs ---------------------------------------------------------------------------------------------
     def decide(self, node: fx.Node) -> Decision:

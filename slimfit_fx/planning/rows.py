@@ -101,7 +101,7 @@ class Faster:
 
     recompute: str
     more_bytes: int
-    """Held when backward begins, expected, beyond what the level that was taken holds then."""
+    """At the peak of backward, expected, beyond what the level that was taken has there."""
     less_ms: float
     """By the device's roofline, of recompute and codecs."""
     gradient_error: float
