@@ -364,15 +364,17 @@ def build_plan(
     ]
     notes = (*merged.notes, *fitted, *_milder_codecs(chosen, config))
     found = dataclasses.replace(merged, notes=notes, **known)
-    # earlier micro-batches' gradients would have to count as well
-    needless = [] if config.gradient_accumulation else needless_recompute(found)
+    needless = needless_recompute(found, accumulates=config.gradient_accumulation)
     return dataclasses.replace(found, notes=(*notes, *needless))
 
 
-def needless_recompute(plan: MemoryPlan) -> list[str]:
-    """That another level of recompute takes less time and no more memory: the optimizer's step is the peak."""
+def needless_recompute(plan: MemoryPlan, *, accumulates: bool = False) -> list[str]:
+    """That another level of recompute takes less time and no more memory: the optimizer's step is the peak.
+
+    Nothing is said where a step ``accumulates`` gradients: the timeline leaves those of earlier micro-batches out.
+    """
     step, faster = plan.timeline, plan.faster
-    if faster is None or step is None or step.phase != "optimizer step":
+    if accumulates or faster is None or step is None or step.phase != "optimizer step":
         return []
     if not 0 < faster.more_bytes <= step.highest_bytes - step.peak_bytes:
         return []
