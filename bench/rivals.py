@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models import Case, autocast, build_model, make_batch
+from slimfit_fx.presets import SCHEDULER, SCHEDULER_OF
 
 PLAIN = ("eager", "compile", "checkpoint")
 PRESETS = ("exact", "paper", "balanced", "max")
@@ -208,6 +209,13 @@ LORA_TARGETS = r".*attention.*\.(query|value|q_proj|v_proj)"
 """Query and value projections, peft's own choice for BERT and ViT."""
 
 
+def _scheduler_of(rival: Rival, settings: Settings) -> str:
+    """ILS is what the rival's preset has of it: the paper's own under ``paper``."""
+    if rival.all_open:
+        return "none"
+    return SCHEDULER_OF.get(rival.preset or "", SCHEDULER) if settings.scheduler == SCHEDULER else settings.scheduler
+
+
 def config_of(rival: Rival, settings: Settings) -> Any:
     """Return slimfit_fx's settings of a rival that is ours."""
     import slimfit_fx
@@ -216,7 +224,7 @@ def config_of(rival: Rival, settings: Settings) -> Any:
     return slimfit_fx.Config(
         preset=rival.preset or "balanced",
         freeze_rate=settings.freeze_rate,
-        scheduler="none" if rival.all_open else settings.scheduler,
+        scheduler=_scheduler_of(rival, settings),
         executor=settings.executor,
         **asked,
         memory_budget=rival.memory_budget,

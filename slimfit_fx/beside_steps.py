@@ -24,7 +24,7 @@ Optimizers = Callable[[], Sequence[Optimizer]]
 """What tells the optimizers that were seen with the model's parameters."""
 OptimizerChoice = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
 """What ``optimizer=`` takes: one that holds the model's parameters, or what makes one of them (a class will do)."""
-_BY_RATE = ("ils", "random", "round_robin")
+_BY_RATE = ("ils", "ils_paper", "random", "round_robin")
 
 
 def find_optimizer(model: nn.Module, optimizer: OptimizerChoice | None) -> Optimizer | None:

@@ -24,6 +24,8 @@ from slimfit_fx.presets import (
     PRESETS,
     RECOMPUTE,
     RECOMPUTE_OF,
+    SCHEDULER,
+    SCHEDULER_OF,
     WHOLE_OF,
     CodecTable,
     find_changes,
@@ -51,8 +53,9 @@ class Config:
     """``"exact"`` (nothing lossy), ``"paper"`` (the authors' formats), ``"balanced"`` (int8) or ``"max"`` (int4)."""
     freeze_rate: float = 0.9
     """Share of the units frozen in each step, in [0, 1)."""
-    scheduler: str | Scheduler | type[Scheduler] = "ils"
-    """A registered name, a :class:`Scheduler` or a subclass of it."""
+    scheduler: str | Scheduler | type[Scheduler] = _OF_THE_PRESET
+    """A registered name, a :class:`Scheduler` or a subclass of it. Default: ``"ils"``, and ``"ils_paper"`` if preset is
+    ``"paper"``."""
     codecs: CodecTable | None = field(default=None, hash=False)
     """Changes to the preset: kind of value -> codec name, or None to keep that kind as it is."""
     units: UnitChoice | None = None
@@ -120,6 +123,7 @@ class Config:
         """Copy what is mutable, make tuples of lists where the type allows, and take what the preset says."""
         preset = self.preset if isinstance(self.preset, str) else ""
         of_the_preset = {
+            "scheduler": SCHEDULER_OF.get(preset, SCHEDULER),
             "distance_sample": DISTANCE_SAMPLES.get(preset, DISTANCE_SAMPLE),
             "recompute": RECOMPUTE_OF.get(preset, RECOMPUTE[0]),
             "moments": MOMENTS_OF.get(preset, MOMENTS[0]),

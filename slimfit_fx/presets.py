@@ -85,6 +85,9 @@ DISTANCE_SAMPLE = 1 << 16
 DISTANCE_SAMPLES: dict[str, int | None] = {"paper": None}
 """What presets say of it; None: all elements, as the authors' code has it."""
 
+SCHEDULER, SCHEDULER_OF = "ils", {"paper": "ils_paper"}
+"""Who decides what trains; the same of presets."""
+
 MOMENTS = ("steps", "updates")
 """What Adam's averages of a unit may forget by; the first is the default."""
 MOMENTS_OF: dict[str, str] = {"paper": "updates"}

@@ -81,8 +81,8 @@ def test_every_kind_of_method_tries_as_many_learning_rates():
 def test_the_issue_is_covered():
     names = {method.name for method in METHODS}
     for rate in ("0.80", "0.90", "0.95"):
-        assert {f"{preset}-{rate}-ils" for preset in ("exact", "paper", "balanced", "max")} <= names
-        assert {f"balanced-{rate}-random", f"balanced-{rate}-round_robin"} <= names
+        assert {f"{preset}-{rate}-ils" for preset in ("exact", "balanced", "max")} | {f"paper-{rate}-ils_paper"} <= names
+        assert {f"balanced-{rate}-ils_paper", f"balanced-{rate}-random", f"balanced-{rate}-round_robin"} <= names
     assert {"full", "head", "lora"} <= names
     assert len(names) == len(METHODS)
     assert set(QUICK_METHODS) < set(METHODS)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import optimized
 from small_models import Tiny, tokens
@@ -17,6 +17,7 @@ from small_models import Tiny, tokens
 from slimfit_fx.schedule import (
     InterLayerScheduler,
     OpenScheduler,
+    PaperScheduler,
     RandomScheduler,
     RoundRobinScheduler,
     Scheduler,
@@ -28,7 +29,8 @@ from slimfit_fx.schedule import (
 )
 from slimfit_fx.schedule.base import hash_fraction
 
-BUILT_IN = ("ils", "random", "round_robin", "none")
+ILS = ("ils", "ils_paper")
+BUILT_IN = (*ILS, "random", "round_robin", "none")
 rates = st.floats(0.0, 1.0, exclude_max=True)
 counts = st.integers(1, 40)
 moves = st.floats(0.0, 1e3)
@@ -54,7 +56,7 @@ def run(scheduler: Scheduler, steps: int, first: int = 0) -> list[frozenset[str]
     return history
 
 
-@pytest.mark.parametrize("name", ["ils", "random", "round_robin"])
+@pytest.mark.parametrize("name", [*ILS, "random", "round_robin"])
 @given(n=counts, rate=rates, seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
 def test_frozen_count_is_exact_in_every_step(name, n, rate, seed):
@@ -94,7 +96,7 @@ def test_ils_first_visits_of_a_transformer_cost_about_the_same():
     assert max(loads) < 1.3 * sum(loads) / len(loads)
 
 
-@pytest.mark.parametrize("name", ["ils", "round_robin"])
+@pytest.mark.parametrize("name", [*ILS, "round_robin"])
 @given(n=counts, rate=rates, seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
 def test_every_unit_is_visited_once_in_the_first_round(name, n, rate, seed):
@@ -105,10 +107,11 @@ def test_every_unit_is_visited_once_in_the_first_round(name, n, rate, seed):
     assert len(frozenset().union(*full)) == sum(map(len, full))  # nobody twice before all had a turn
 
 
+@pytest.mark.parametrize("name", ILS)
 @given(n=counts, rate=rates, data=st.data())
 @settings(deadline=None, max_examples=50)
-def test_ils_visits_everybody_whatever_the_distances(n, rate, data):
-    scheduler = started("ils", n, rate)
+def test_ils_visits_everybody_whatever_the_distances(name, n, rate, data):
+    scheduler = started(name, n, rate)
     seen: set[str] = set()
     for _ in range(math.ceil(n / scheduler.open_count)):
         names = sorted(scheduler.select())
@@ -118,10 +121,11 @@ def test_ils_visits_everybody_whatever_the_distances(n, rate, data):
     assert len(seen) == n
 
 
+@pytest.mark.parametrize("name", ILS)
 @given(n=st.integers(2, 20), rate=rates, data=st.data())
 @settings(deadline=None, max_examples=50)
-def test_ils_freezes_the_smallest_distances(n, rate, data):
-    scheduler = started("ils", n, rate)
+def test_ils_freezes_the_smallest_distances(name, n, rate, data):
+    scheduler = started(name, n, rate)
     assert isinstance(scheduler, InterLayerScheduler)
     values = data.draw(st.lists(moves, min_size=n, max_size=n).filter(any))
     scheduler.observe({unit.name: value for unit, value in zip(scheduler.units, values, strict=True)})
@@ -151,7 +155,7 @@ def test_select_can_be_asked_again(name):
     assert scheduler.select() == scheduler.select()
 
 
-@pytest.mark.parametrize("name", ["ils", "random"])
+@pytest.mark.parametrize("name", [*ILS, "random"])
 def test_seed_decides(name):
     history = run(started(name, 30, 0.8, seed=1), 4)
     assert history == run(started(name, 30, 0.8, seed=1), 4)
@@ -190,6 +194,60 @@ def test_round_robin_goes_around():
     scheduler = started("round_robin", 5, 0.6)
     blocks = [sorted(int(name.split(".")[1]) for name in names) for names in run(scheduler, 3)]
     assert blocks == [[0, 1], [2, 3], [0, 4]]
+
+
+# ---- ILS: what closed units miss adds up
+
+
+def constant(scheduler: Scheduler, speeds: dict[str, float], steps: int, factor=lambda step: 1.0) -> dict[str, int]:
+    """Drive it with units that always move as far, times ``factor`` of the step; return how often each was open."""
+    visits = dict.fromkeys(speeds, 0)
+    for step in range(steps):
+        names = scheduler.select()
+        for name in names:
+            visits[name] += 1
+        scheduler.observe({name: speeds[name] * factor(step) for name in names})
+    return visits
+
+
+@given(n=st.integers(4, 24), opened=st.integers(1, 3), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_ils_a_unit_that_moves_twice_as_far_trains_twice_as_often(n, opened, data):
+    """Where nobody would have to be open more often than in every step; each within one visit in four, or two."""
+    powers = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    scheduler = started("ils", n, 1 - (opened + 0.5) / n)
+    opened = scheduler.open_count
+    speeds = {unit.name: 2.0**power for unit, power in zip(scheduler.units, powers, strict=True)}
+    share = opened / sum(speeds.values())
+    assume(max(speeds.values()) * share < 0.5)
+    steps = 100 * n
+    visits = constant(scheduler, speeds, steps)
+    for name, speed in speeds.items():
+        assert visits[name] == pytest.approx(steps * speed * share, rel=0.25, abs=2)
+
+
+def test_the_papers_ils_holds_the_fastest_open_while_they_move_as_far():
+    speeds = {f"layer.{i}.weight": 1.0 + i for i in range(10)}
+    visits = constant(started("ils_paper", 10, 0.8), speeds, 105)
+    assert visits == {**dict.fromkeys(speeds, 1), "layer.8.weight": 101, "layer.9.weight": 101}
+
+
+def test_ils_a_unit_first_visited_early_in_a_warmup_is_not_left_behind():
+    """Ten units alike, two open: the first pair is visited at a fifth of the rate that the last one meets."""
+    speeds = dict.fromkeys((unit.name for unit in units(10)), 0.01)
+    warmup = [min(1.0, (step + 1) / 5) for step in range(100)].__getitem__
+    ours, papers = (constant(started(name, 10, 0.8), speeds, 100, warmup) for name in ILS)
+    assert min(ours.values()) >= 15, "of twenty each"
+    assert sorted(papers.values()) == [*[1] * 8, 96, 96]
+
+
+def test_ils_a_pinned_unit_has_missed_most_when_it_is_released():
+    scheduler = started("ils", 10, 0.9)
+    constant(scheduler, {unit.name: 1.0 for unit in scheduler.units}, 10)
+    scheduler.pin(frozenset({"layer.3.weight"}))
+    constant(scheduler, {unit.name: 1.0 for unit in scheduler.units}, 40)
+    scheduler.pin(frozenset())
+    assert scheduler.select() == {"layer.3.weight"}
 
 
 # ---- ILS: the cases that the paper leaves open
@@ -235,10 +293,11 @@ def test_ils_a_unit_that_does_not_move_while_others_do_is_frozen():
     assert scheduler.select() == {"layer.2.weight", "layer.3.weight"}
 
 
+@pytest.mark.parametrize("name", ILS)
 @given(n=counts, rate=rates, lag=st.integers(1, 3))
 @settings(deadline=None, max_examples=30)
-def test_ils_with_late_distances_still_visits_everybody_once(n, rate, lag):
-    scheduler = started("ils", n, rate)
+def test_ils_with_late_distances_still_visits_everybody_once(name, n, rate, lag):
+    scheduler = started(name, n, rate)
     waiting: list[frozenset[str]] = []
     history = []
     for step in range(math.ceil(n / scheduler.open_count)):

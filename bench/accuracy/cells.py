@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from slimfit_fx.presets import SCHEDULER, SCHEDULER_OF
+
 PRESETS = ("exact", "paper", "balanced", "max")
 RATES = (0.80, 0.90, 0.95)
-SCHEDULERS = ("ils", "random", "round_robin")
+SCHEDULERS = ("ils", "ils_paper", "random", "round_robin")
 
 GRIDS: dict[str, tuple[float, ...]] = {
     "full": (1.0, 2.0, 4.0),
@@ -56,9 +58,9 @@ class Method:
 FULL, HEAD, LORA = Method("full"), Method("head"), Method("lora")
 
 
-def slimfit(preset: str, freeze_rate: float, scheduler: str = "ils") -> Method:
-    """slimfit_fx under these settings."""
-    return Method("slimfit", preset, freeze_rate, scheduler)
+def slimfit(preset: str, freeze_rate: float, scheduler: str | None = None) -> Method:
+    """slimfit_fx under these settings; the scheduler is the preset's own unless told otherwise."""
+    return Method("slimfit", preset, freeze_rate, scheduler or SCHEDULER_OF.get(preset, SCHEDULER))
 
 
 METHODS: tuple[Method, ...] = (

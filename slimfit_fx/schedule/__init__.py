@@ -9,13 +9,14 @@ from slimfit_fx.schedule.distance import (
     distance_parts_of_all,
     update_distance,
 )
-from slimfit_fx.schedule.ils import InterLayerScheduler
+from slimfit_fx.schedule.ils import InterLayerScheduler, PaperScheduler
 from slimfit_fx.schedule.none import OpenScheduler
 from slimfit_fx.schedule.round_robin import RoundRobinScheduler
 from slimfit_fx.schedule.sample import Sample
 from slimfit_fx.schedule.uniform import RandomScheduler
 
 register_scheduler("ils", InterLayerScheduler)
+register_scheduler("ils_paper", PaperScheduler)
 register_scheduler("random", RandomScheduler)
 register_scheduler("round_robin", RoundRobinScheduler)
 register_scheduler("none", OpenScheduler)
@@ -25,6 +26,7 @@ __all__ = [
     "DistanceMetric",
     "InterLayerScheduler",
     "OpenScheduler",
+    "PaperScheduler",
     "RandomScheduler",
     "RoundRobinScheduler",
     "Sample",

@@ -3,7 +3,14 @@
 Source: SlimFit (arXiv 2305.18513) and its authors' code. Every unit has a distance. Before each step the
 ``int(freeze_rate * n)`` units of smallest distance are frozen; after it, the units that were open get the distance that
 they moved, and a frozen one keeps its last. Distances start random and huge, so every unit is visited once, in random
-order, before any is visited twice.
+order, before any is visited twice. That is ``PaperScheduler``.
+
+``InterLayerScheduler`` compares what units have missed: the distance times the optimizer steps since the unit was last
+open. An update of an Adam is about as long as the learning rate, so that a unit's distances hardly differ from step to
+step, but follow that rate. By distances alone the same few units stay open while it is constant, and one that was first
+visited early in a warmup, at a tenth of the rate, is frozen until the rate has fallen to a tenth again: which units
+train then depends on the seed. By what they have missed a unit that moves twice as far trains twice as often, and all
+have their turn.
 
 Six cases that the paper leaves open:
 
@@ -61,14 +68,18 @@ def first_visits(units: Sequence[UnitInfo], per_step: int, seed: int) -> list[st
 
 
 class InterLayerScheduler(Scheduler):
-    """The paper's scheduler: each step the ``int(freeze_rate * n)`` units that moved least are frozen."""
+    """Each step the ``int(freeze_rate * n)`` units are frozen that have missed least since they were open."""
 
     needs_distances: ClassVar[bool] = True
     by_rate: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = True
+    """Whether what a closed unit misses adds up from step to step."""
 
     def __init__(self) -> None:
         """Create it with no units; :meth:`start` gives it some."""
         self._distances: dict[str, float] = {}
+        self._missed: dict[str, int] = {}
+        """Optimizer steps since the unit was last open, and the coming one."""
         self._opened: frozenset[str] = frozenset()
         """The last answer of select()."""
         self._unreported: frozenset[str] = frozenset()
@@ -79,6 +90,7 @@ class InterLayerScheduler(Scheduler):
         super().start(units, freeze_rate=freeze_rate, seed=seed)
         order = first_visits(self.units, self.open_count, seed)
         self._distances = {name: _START * (2.0 - (i + 1) / (len(order) + 1)) for i, name in enumerate(order)}
+        self._missed = dict.fromkeys(order, 1)
         self._opened = self._unreported = frozenset()
 
     @property
@@ -87,14 +99,16 @@ class InterLayerScheduler(Scheduler):
         return dict(self._distances)
 
     def select(self) -> frozenset[str]:
-        """Return the ``open_count`` units of largest distance; equal ones in model order."""
+        """Return the ``open_count`` units that have missed most; equal ones in model order."""
         ranked = sorted(self.candidates, key=lambda unit: -self._rank(unit.name))  # sorted() is stable
         self._opened = frozenset(unit.name for unit in ranked[: self.open_count])
         return self._opened
 
     def _rank(self, name: str) -> float:
         distance = self._distances[name]
-        return -1.0 if distance > _CAP and name in self._unreported else distance
+        if distance > _CAP:
+            return -1.0 if name in self._unreported else distance
+        return min(distance * self._missed[name], _CAP) if self.adds_up else distance
 
     def observe(self, distances: Mapping[str, float]) -> None:
         """Take the distances of the units that were open. See the module's text for NaN, infinity and all zeros.
@@ -107,6 +121,7 @@ class InterLayerScheduler(Scheduler):
             raise ValueError(f"distance of {negative[0]!r} must be >= 0, got {distances[negative[0]]!r}")
         super().observe(distances)
         self._unreported = (self._unreported | self._opened) - distances.keys()
+        self._missed = {name: 1 if name in self._opened else steps + 1 for name, steps in self._missed.items()}
         nothing_moved = all(distance == 0.0 for distance in distances.values())
         for name, distance in distances.items():
             if nothing_moved:
@@ -115,10 +130,11 @@ class InterLayerScheduler(Scheduler):
                 self._distances[name] = min(float(distance), _CAP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return step, seed, all distances (JSON keeps Python floats exactly) and which units wait for theirs."""
+        """Return step, seed, all distances (JSON keeps Python floats exactly), steps missed, who waits for a report."""
         return {
             **super().state_dict(),
             "distances": [self._distances[name] for name in self._names()],
+            "missed": [self._missed[name] for name in self._names()],
             "opened": sorted(self._opened),
             "unreported": sorted(self._unreported),
         }
@@ -127,6 +143,13 @@ class InterLayerScheduler(Scheduler):
         """Continue from a :meth:`state_dict` of the same units."""
         self._check_state(state)
         distances = dict(zip(self._names(), map(float, state["distances"]), strict=True))
+        missed = dict(zip(self._names(), map(int, state["missed"]), strict=True))
         opened, unreported = frozenset(state["opened"]), frozenset(state["unreported"])
         super().load_state_dict(state)
-        self._distances, self._opened, self._unreported = distances, opened, unreported
+        self._distances, self._missed, self._opened, self._unreported = distances, missed, opened, unreported
+
+
+class PaperScheduler(InterLayerScheduler):
+    """The paper's: each step the ``int(freeze_rate * n)`` units that moved least are frozen."""
+
+    adds_up: ClassVar[bool] = False
