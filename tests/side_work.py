@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench.accuracy.cells import Cell, Row
 from bench.accuracy.side_by_side import Finished
@@ -18,3 +20,11 @@ def seeds_as_cells(piece: Sequence[str], finished: Finished) -> None:
             frozen_share=0.0, recompiles=0, fingerprint="f",
         )  # fmt: skip
         finished(row, word != "7")
+
+
+def beat(piece: Sequence[str], finished: Finished) -> None:
+    """Make the file ``piece[0]`` longer, again and again, for longer than any test takes."""
+    for _ in range(6000):
+        with Path(piece[0]).open("a") as file:
+            file.write(".")
+        time.sleep(0.1)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +39,7 @@ from bench.accuracy.store import Store
 from bench.accuracy.tasks import code, named_tasks
 from bench.accuracy.tasks.base import ACCURACY, PERPLEXITY, Recipe, Splits, Task
 from bench.accuracy.train import Trainer, fit, rate_factor
+from bench.report import ROOT
 from slimfit_fx.demo.data import Examples, digits
 from slimfit_fx.demo.models import vision_transformer
 from slimfit_fx.units import find_units
@@ -81,7 +88,7 @@ def test_every_kind_of_method_tries_as_many_learning_rates():
 def test_the_issue_is_covered():
     names = {method.name for method in METHODS}
     for rate in ("0.80", "0.90", "0.95"):
-        assert {f"{preset}-{rate}-ils" for preset in ("exact", "balanced", "max")} | {f"paper-{rate}-ils_paper"} <= names
+        assert {f"exact-{rate}-ils", f"balanced-{rate}-ils", f"max-{rate}-ils", f"paper-{rate}-ils_paper"} <= names
         assert {f"balanced-{rate}-ils_paper", f"balanced-{rate}-random", f"balanced-{rate}-round_robin"} <= names
     assert {"full", "head", "lora"} <= names
     assert len(names) == len(METHODS)
@@ -284,6 +291,36 @@ def test_a_piece_that_fails_ends_the_run_and_loses_nothing(tmp_path):
     with pytest.raises(ValueError, match="this piece fails"):
         train_side_by_side([["0", "!"], *([str(n)] for n in range(1, 9))], 1, seeds_as_cells, store, lambda *_: None)
     assert 0 in {row.cell.seed for row in Store(store.path).rows}
+
+
+def test_the_processes_end_with_the_one_that_started_them_even_if_that_is_killed(tmp_path):
+    script, beats = tmp_path / "parent.py", tmp_path / "beats"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "from bench.accuracy.side_by_side import train_side_by_side\nfrom bench.accuracy.store import Store\n"
+        "from side_work import beat\n"
+        "if __name__ == '__main__':\n"
+        "    train_side_by_side([[sys.argv[1]]], 1, beat, Store(Path(sys.argv[1] + '.jsonl')), print)\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    parent = subprocess.Popen([sys.executable, str(script), str(beats)], env={**os.environ, "PYTHONPATH": paths})
+    wait_until(lambda: beats.exists() and beats.stat().st_size > 3)
+    parent.kill()
+    parent.wait()
+
+    def is_over() -> bool:
+        before = beats.stat().st_size
+        time.sleep(1.0)
+        return beats.stat().st_size == before
+
+    wait_until(is_over)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
 
 
 @pytest.mark.thorough

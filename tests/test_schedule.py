@@ -17,7 +17,6 @@ from small_models import Tiny, tokens
 from slimfit_fx.schedule import (
     InterLayerScheduler,
     OpenScheduler,
-    PaperScheduler,
     RandomScheduler,
     RoundRobinScheduler,
     Scheduler,

@@ -7,9 +7,12 @@ of one method on one task: within it a compiled model is used again, and its lea
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from bench.accuracy.cells import Row
@@ -34,11 +37,15 @@ def train_side_by_side(
 ) -> None:
     """Do all ``pieces``, ``jobs`` at a time and in order; each finished cell is written into ``store`` at once.
 
+    The processes end with this one, however it ends: nobody would write what they go on to train.
+
     Raises:
         Exception: what the first piece that failed raised. No other piece is begun then.
     """
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    manager = SyncManager(ctx=spawn)
+    manager.start(_end_with_parent)
+    with manager, ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent) as pool:
         rows = manager.Queue()
         left: set[Future[None]] = {pool.submit(_work, work, list(piece), rows) for piece in pieces}
         try:
@@ -50,6 +57,18 @@ def train_side_by_side(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         _receive(rows, store, finished)
+
+
+def _end_with_parent() -> None:
+    """In another process: end it when the one that started it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(work: Work, piece: Sequence[str], rows: Any) -> None:
