@@ -40,6 +40,8 @@ ON_OTHERS = (
     *("ddp_curve", "fsdp_curve"),
     *("ddp_resume_ils", "ddp_resume_random", "fsdp_resume_ils", "fsdp_resume_random"),
 )
+OTHERS = (1, 4) if THOROUGH else (1,)
+"""Numbers of processes beside two; four share two cores."""
 
 
 def torchrun(processes: int) -> list[str]:
@@ -65,8 +67,8 @@ def results(folder: pathlib.Path, processes: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """The ranks of jobs of one, two and four processes; one and four resume what two saved."""
-    folder, wanted = tmp_path_factory.mktemp("jobs"), {2: ON_TWO, 1: ON_OTHERS, 4: ON_OTHERS}
+    """The ranks of jobs of several numbers of processes; the others resume what two saved."""
+    folder, wanted = tmp_path_factory.mktemp("jobs"), {2: ON_TWO, **dict.fromkeys(OTHERS, ON_OTHERS)}
     given = [f"{processes}:{','.join(scenarios)}" for processes, scenarios in wanted.items()]
     run([sys.executable, str(WORKER), str(folder), *given], timeout=1800)
     return {processes: results(folder / str(processes), processes) for processes in wanted}
@@ -97,7 +99,7 @@ def accelerated(request, tmp_path_factory) -> list[dict[str, Any]]:
 def test_loss_curves_agree_whatever_the_number_of_processes(kind, jobs):
     curve = {n: torch.tensor(ranks[0][f"{kind}_curve"]["losses"]) for n, ranks in jobs.items()}
     assert len(curve[1]) == 50
-    for processes in (2, 4):
+    for processes in curve:
         torch.testing.assert_close(curve[processes], curve[1], rtol=1e-5, atol=0)
     histories = [rank[f"{kind}_curve"]["history"] for ranks in jobs.values() for rank in ranks]
     assert all(history == histories[0] for history in histories) and len({str(h) for h in histories[0]}) > 10
@@ -105,8 +107,8 @@ def test_loss_curves_agree_whatever_the_number_of_processes(kind, jobs):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_closed_units_stand_still_on_every_rank(kind, jobs):
-    """With two processes and with four: no gradient when the optimizer steps, weights and state untouched."""
-    for ranks in (jobs[2], jobs[4]):
+    """No gradient when the optimizer steps, weights and state untouched."""
+    for ranks in jobs.values():
         first = ranks[0][f"{kind}_curve"]
         for rank in ranks:
             found = rank[f"{kind}_curve"]
@@ -252,7 +254,7 @@ def test_distributed_checkpoints_resume_on_any_number_of_processes(kind, jobs, t
             assert resumed[key] == saved[key], "bit for bit on as many processes"
         for name, state in saved["state"].items():
             assert state and same_state(state, resumed["state"][name]), name
-    for ranks in (jobs[1], jobs[4]):
+    for ranks in (jobs[processes] for processes in OTHERS):
         saved, found = two[0][f"{kind}_save_ils"], ranks[0][f"{kind}_resume_ils"]
         assert found["steps"] == saved["steps"] and found["history"][0] == saved["history"][0]
         assert found["losses"][:2] == pytest.approx(saved["losses"][:2], rel=1e-5)
@@ -270,7 +272,7 @@ def test_optimizer_state_of_a_distributed_checkpoint_is_what_was_saved(kind, sch
     """All of it, put together from the shards, as soon as it is loaded."""
     saved = two[0][f"{kind}_save_{schedule}"]["stored"]
     assert all(state["exp_avg"].any() for state in saved.values())
-    for rank in (*two * (schedule == "ils"), *jobs[1], *jobs[4]):
+    for rank in (*two * (schedule == "ils"), *(rank for n in OTHERS for rank in jobs[n])):
         loaded = rank[f"{kind}_resume_{schedule}"]["stored"]
         assert loaded.keys() == saved.keys() and all(same_state(saved[name], loaded[name]) for name in saved)
 
