@@ -240,6 +240,44 @@ def test_ils_a_unit_first_visited_early_in_a_warmup_is_not_left_behind():
     assert sorted(papers.values()) == [*[1] * 8, 96, 96]
 
 
+@given(
+    sizes=st.lists(st.integers(1, 1000), min_size=2, max_size=40),
+    rate=st.sampled_from([0.5, 0.75, 0.9]),
+    seed=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=60)
+def test_ils_no_step_is_heavier_than_first_visits_or_little_more_and_all_have_their_turn(sizes, rate, seed):
+    scheduler = make_scheduler("ils")
+    known = [UnitInfo(f"u{i}", size, 4 * size) for i, size in enumerate(sizes)]
+    scheduler.start(known, freeze_rate=rate, seed=seed)
+    bytes_of = {unit.name: unit.grad_bytes for unit in known}
+    count, tour = scheduler.open_count, math.ceil(len(known) / scheduler.open_count)
+    loads, visits = [], dict.fromkeys(bytes_of, 0)
+    for _ in range(20 * tour):
+        names = scheduler.select()
+        loads.append(sum(bytes_of[name] for name in names))
+        for name in names:
+            visits[name] += 1
+        scheduler.observe(dict.fromkeys(names, 1.0))
+    first = loads[:tour]
+    smallest = sum(sorted(bytes_of.values())[: count - 1])
+    assert max(loads) <= 1.05 * max([*first, 1.5 * sum(first) / tour, max(bytes_of.values()) + smallest])
+    assert min(visits.values()) >= 5, "of twenty each, if nothing had a weight"
+
+
+def test_ils_never_opens_an_embedding_with_large_matrices():
+    sizes = [94_000_000] + ([2_359_296] * 4 + [9_437_184] * 2 + [3072] * 2) * 12
+    known = [UnitInfo(f"u{i}", size // 4, size) for i, size in enumerate(sizes)]
+    heaviest = {}
+    for name in ILS:
+        scheduler = make_scheduler(name)
+        scheduler.start(known, freeze_rate=0.9, seed=0)
+        history = run(scheduler, 300)
+        heaviest[name] = max(sum(known[int(n[1:])].grad_bytes for n in names) for names in history)
+        assert sum("u0" in names for names in history) > 5
+    assert heaviest["ils"] < 95e6 and heaviest["ils_paper"] > 110e6
+
+
 def test_ils_a_pinned_unit_has_missed_most_when_it_is_released():
     scheduler = started("ils", 10, 0.9)
     constant(scheduler, {unit.name: 1.0 for unit in scheduler.units}, 10)

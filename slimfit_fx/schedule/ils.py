@@ -12,11 +12,13 @@ visited early in a warmup, at a tenth of the rate, is frozen until the rate has 
 train then depends on the seed. By what they have missed a unit that moves twice as far trains twice as often, and all
 have their turn.
 
-Six cases that the paper leaves open:
+Seven cases that the paper leaves open:
 
 - The first visits are levelled: units that are first visited in the same step are chosen, at random, so that the bytes
   of their gradients are about equal in every step. A word embedding is not opened together with three large matrices:
   the peak of a run is that of its worst step.
+- ``InterLayerScheduler`` holds to that level ever after: a unit that does not fit beside those that have missed more
+  lets a smaller one go first, and comes first itself before long.
 
 - Equal distances: the unit that comes first in the model is opened first.
 - A distance that is NaN or infinite (weights that overflowed, a tensor that was all zero before the step) changes
@@ -43,6 +45,9 @@ from slimfit_fx.schedule.base import Scheduler, UnitInfo, hash_fraction
 _START = 2.0**40
 """Start distances lie in [_START, 2 * _START)."""
 _CAP = 2.0**20
+_ABOVE_LEVEL = 1.5
+"""Times the mean load of first visits that a step may have at least. Norms weigh nothing and hardly ever come again, so
+that later steps have more to carry than first visits."""
 """Largest measured distance. Twenty steps without movement lie between it and the start distances."""
 
 
@@ -67,13 +72,40 @@ def first_visits(units: Sequence[UnitInfo], per_step: int, seed: int) -> list[st
     return [name for step in visits for name in sorted(step, key=lambda name: chance[name])]
 
 
+def most_bytes(units: Sequence[UnitInfo], per_step: int, seed: int) -> int:
+    """Return how many bytes of gradients a step may open: those of the heaviest step of first visits or little more."""
+    if not units:
+        return 0
+    bytes_of = {unit.name: unit.grad_bytes for unit in units}
+    order = first_visits(units, per_step, seed)
+    loads = [sum(bytes_of[name] for name in order[i : i + per_step]) for i in range(0, len(order), per_step)]
+    return max([*loads, int(_ABOVE_LEVEL * sum(loads) / len(loads))])
+
+
+def choose(ranked: Sequence[UnitInfo], count: int, room: int) -> list[UnitInfo]:
+    """Return ``count`` units: the first one, then those whose gradients find room beside the ones before them.
+
+    If these are too few, the smallest of the others come with them.
+    """
+    chosen: list[UnitInfo] = []
+    left: list[UnitInfo] = []
+    for unit in ranked:
+        fits = not chosen or unit.grad_bytes <= room
+        if fits and len(chosen) < count:
+            chosen.append(unit)
+            room -= unit.grad_bytes
+        else:
+            left.append(unit)
+    return chosen + sorted(left, key=lambda unit: unit.grad_bytes)[: count - len(chosen)]
+
+
 class InterLayerScheduler(Scheduler):
     """Each step the ``int(freeze_rate * n)`` units are frozen that have missed least since they were open."""
 
     needs_distances: ClassVar[bool] = True
     by_rate: ClassVar[bool] = True
     adds_up: ClassVar[bool] = True
-    """Whether what a closed unit misses adds up from step to step."""
+    """Whether what a closed unit misses adds up from step to step, and steps are level."""
 
     def __init__(self) -> None:
         """Create it with no units; :meth:`start` gives it some."""
@@ -84,6 +116,8 @@ class InterLayerScheduler(Scheduler):
         """The last answer of select()."""
         self._unreported: frozenset[str] = frozenset()
         """Units that were open in a step whose distance has not come yet."""
+        self._room = 0
+        """Bytes of gradients that a step may open."""
 
     def start(self, units: Sequence[UnitInfo], *, freeze_rate: float, seed: int) -> None:
         """Begin a run with huge distances whose order depends on the seed and on the units' names and sizes only."""
@@ -91,7 +125,12 @@ class InterLayerScheduler(Scheduler):
         order = first_visits(self.units, self.open_count, seed)
         self._distances = {name: _START * (2.0 - (i + 1) / (len(order) + 1)) for i, name in enumerate(order)}
         self._missed = dict.fromkeys(order, 1)
+        self._level()
         self._opened = self._unreported = frozenset()
+
+    def _level(self) -> None:
+        everything = sum(unit.grad_bytes for unit in self.units)
+        self._room = most_bytes(self.units, self.open_count, self.seed) if self.adds_up else everything
 
     @property
     def distances(self) -> dict[str, float]:
@@ -99,9 +138,9 @@ class InterLayerScheduler(Scheduler):
         return dict(self._distances)
 
     def select(self) -> frozenset[str]:
-        """Return the ``open_count`` units that have missed most; equal ones in model order."""
+        """Return the ``open_count`` units that have missed most, if they find room; equal ones in model order."""
         ranked = sorted(self.candidates, key=lambda unit: -self._rank(unit.name))  # sorted() is stable
-        self._opened = frozenset(unit.name for unit in ranked[: self.open_count])
+        self._opened = frozenset(unit.name for unit in choose(ranked, self.open_count, self._room))
         return self._opened
 
     def _rank(self, name: str) -> float:
@@ -147,6 +186,7 @@ class InterLayerScheduler(Scheduler):
         opened, unreported = frozenset(state["opened"]), frozenset(state["unreported"])
         super().load_state_dict(state)
         self._distances, self._missed, self._opened, self._unreported = distances, missed, opened, unreported
+        self._level()
 
 
 class PaperScheduler(InterLayerScheduler):
