@@ -104,11 +104,20 @@ def _steps_note(documents: Documents, names: Sequence[str]) -> str:
 
 
 def _places_note(documents: Documents) -> str:
-    places: dict[str, list[str]] = {}
+    """Where it was measured; a row that was measured again elsewhere says so itself (``machine``)."""
+    by_case: dict[str, dict[str, list[str]]] = {}
     for case, document in documents.items():
-        places.setdefault(device_of(document["machine"]), []).append(case)
-    if len(places) == 1:
-        return f"Measured on {next(iter(places))}."
+        there = by_case.setdefault(case, {})
+        for name, result in document["results"].items():
+            there.setdefault(device_of(result.get("machine") or document["machine"]), []).append(_shown(name))
+    splits = list(by_case.values())
+    if all(split == splits[0] for split in splits):
+        each = [f"on {place}: {', '.join(names)}" for place, names in splits[0].items()]
+        return f"Measured {'; '.join(each)}." if len(each) > 1 else f"Measured on {next(iter(splits[0]))}."
+    places: dict[str, list[str]] = {}
+    for case, there in by_case.items():
+        for place, names in there.items():
+            places.setdefault(place, []).append(case if len(there) == 1 else f"{case} ({', '.join(names)})")
     each = [f"on {place}: {', '.join(cases)}" for place, cases in places.items()]
     return f"Measured {'; '.join(each)}."
 

@@ -79,7 +79,7 @@ def test_step_peaks_are_those_of_the_files(folder):
     document = json.loads(path.read_text())
     document["results"]["eager"]["worst"]["peak_bytes"] = 2 * document["results"]["max"]["worst"]["peak_bytes"]
     path.write_text(json.dumps(document))
-    (line,) = (line for line in render.step_peak_block(folder).splitlines() if "`max`" in line)
+    (line,) = (line for line in render.step_peak_block(folder).splitlines() if line.startswith("| slimfit_fx, `max`"))
     assert line.split("|")[3].strip() == "2.00x"
 
 
@@ -91,6 +91,7 @@ def test_below_step_peaks_stands_how_they_were_measured(folder):
         results = documents[layers]["results"]
         for name in ("eager", "max"):
             results[name]["steps"] = [{"peak_bytes": 7}] * (3 if name == "eager" else 20)
+            results[name].pop("machine", None)
         documents[layers]["results"] = {name: results[name] for name in ("eager", "compile", "max")}
         results["compile"]["steps"] = [{"peak_bytes": size} for size in range(20)]
         documents[layers]["machine"] = {**_MACHINE, "torch_threads": layers // 4}
@@ -105,6 +106,16 @@ def test_below_step_peaks_stands_how_they_were_measured(folder):
     assert note() == f"{worst} Measured on A, 1 thread: 4 layers; on A, 3 threads: 12 layers."
     documents[12]["machine"]["torch_threads"] = 1
     assert note() == f"{worst} Measured on A, 1 thread."
+    elsewhere = {**documents[4]["machine"], "cpu": "B"}
+    documents[4]["results"]["max"]["machine"] = elsewhere
+    assert note() == (
+        f"{worst} Measured on A, 1 thread: 4 layers (eager, torch.compile), 12 layers; "
+        "on B, 1 thread: 4 layers (slimfit_fx, `max`)."
+    )
+    documents[12]["results"]["max"]["machine"] = elsewhere
+    assert note() == f"{worst} Measured on A, 1 thread: eager, torch.compile; on B, 1 thread: slimfit_fx, `max`."
+    for document in documents.values():
+        del document["results"]["max"]["machine"]
     documents[4]["results"]["compile"]["steps"] = [{"peak_bytes": 1}, {"peak_bytes": 2}]
     assert note().startswith("Worst of 20 steps (of 3, all alike: eager; of 2: torch.compile).")
     for document in documents.values():

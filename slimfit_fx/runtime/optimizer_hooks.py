@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -46,8 +47,8 @@ class StepListener(Protocol):
         More than once in a step whose closure is called more than once.
         """
 
-    def after_step(self) -> None:
-        """Called after its step."""
+    def after_step(self, learning_rate: float) -> None:
+        """Called after its step, with the largest learning rate of its groups; 1 if that is not known."""
 
 
 class OptimizerHooks:
@@ -118,7 +119,7 @@ class OptimizerHooks:
         self._regrouped.leave(optimizer)
         listener = self._listener()
         if listener is not None and listener.forwarded and self._held(optimizer) and not _moved_nothing(optimizer):
-            listener.after_step()
+            listener.after_step(_learning_rate(optimizer))
 
     def watch(self, param_ids: frozenset[int]) -> None:
         """Listen to optimizers of these parameters from now on: the model's were replaced."""
@@ -172,6 +173,14 @@ def _moved_nothing(optimizer: Optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _learning_rate(optimizer: Optimizer) -> float:
+    """The largest of its groups; 1 if one has none, or has it on a device that would be waited for."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") for rate in rates):
+        return 1.0
+    return max(map(float, rates))
 
 
 def _moves(optimizer: Optimizer) -> bool:

@@ -137,7 +137,7 @@ class StepTracker:
         if self.scheduler.needs_distances and not self._manual:
             self._remember(n for n in self.gates.open if any(id(p) in params for p in self.gates.params_of(n)))
 
-    def after_step(self) -> None:
+    def after_step(self, learning_rate: float = 1.0) -> None:
         """After an optimizer step: measure how far the open units moved.
 
         Several optimizers may step; it counts as one step.
@@ -146,7 +146,10 @@ class StepTracker:
             self.steps += 1
         self._stepped = True
         if self._before:
-            self._queue.put(*self._distances(), None if self.peers is None else self.peers.agree)
+            names, distances = self._distances()
+            if self.scheduler.per_learning_rate and learning_rate > 0:
+                distances = distances / learning_rate
+            self._queue.put(names, distances, None if self.peers is None else self.peers.agree)
         self._before = {}
 
     def _remember(self, names: Iterable[str]) -> None:

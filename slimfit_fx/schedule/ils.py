@@ -5,12 +5,13 @@ Source: SlimFit (arXiv 2305.18513) and its authors' code. Every unit has a dista
 they moved, and a frozen one keeps its last. Distances start random and huge, so every unit is visited once, in random
 order, before any is visited twice. That is ``PaperScheduler``.
 
-``InterLayerScheduler`` compares what units have missed: the distance times the optimizer steps since the unit was last
-open. An update of an Adam is about as long as the learning rate, so that a unit's distances hardly differ from step to
-step, but follow that rate. By distances alone the same few units stay open while it is constant, and one that was first
-visited early in a warmup, at a tenth of the rate, is frozen until the rate has fallen to a tenth again: which units
-train then depends on the seed. By what they have missed a unit that moves twice as far trains twice as often, and all
-have their turn.
+``InterLayerScheduler`` compares what units have missed: how fast one moves (its distance per learning rate) times the
+root of the optimizer steps since it was last open, since steps in changing directions add up by their root. An update
+of an Adam is about as long as the learning rate, so that a unit's distances hardly differ from step to step, but follow
+that rate. By distances alone the same few units stay open while it is constant, and one that was first visited early in
+a warmup, at a tenth of the rate, is frozen until the rate has fallen to a tenth again: which units train then depends
+on the seed. By what they have missed a unit that moves twice as fast trains four times as often, up to every step, and
+all have their turn.
 
 Seven cases that the paper leaves open:
 
@@ -42,13 +43,13 @@ from typing import Any, ClassVar
 
 from slimfit_fx.schedule.base import Scheduler, UnitInfo, hash_fraction
 
-_START = 2.0**40
+_START = 2.0**60
 """Start distances lie in [_START, 2 * _START)."""
-_CAP = 2.0**20
+_CAP = 2.0**40
+"""Largest measured distance. Twenty steps without movement lie between it and the start distances."""
 _ABOVE_LEVEL = 1.5
 """Times the mean load of first visits that a step may have at least. Norms weigh nothing and hardly ever come again, so
 that later steps have more to carry than first visits."""
-"""Largest measured distance. Twenty steps without movement lie between it and the start distances."""
 
 
 def first_visits(units: Sequence[UnitInfo], per_step: int, seed: int) -> list[str]:
@@ -104,6 +105,7 @@ class InterLayerScheduler(Scheduler):
 
     needs_distances: ClassVar[bool] = True
     by_rate: ClassVar[bool] = True
+    per_learning_rate: ClassVar[bool] = True
     adds_up: ClassVar[bool] = True
     """Whether what a closed unit misses adds up from step to step, and steps are level."""
 
@@ -134,7 +136,7 @@ class InterLayerScheduler(Scheduler):
 
     @property
     def distances(self) -> dict[str, float]:
-        """The distance of each unit as known now (a copy). Above 2**20: not measured yet."""
+        """The distance of each unit as known now (a copy). Above 2**40: not measured yet."""
         return dict(self._distances)
 
     def select(self) -> frozenset[str]:
@@ -147,7 +149,7 @@ class InterLayerScheduler(Scheduler):
         distance = self._distances[name]
         if distance > _CAP:
             return -1.0 if name in self._unreported else distance
-        return min(distance * self._missed[name], _CAP) if self.adds_up else distance
+        return min(distance * math.sqrt(self._missed[name]), _CAP) if self.adds_up else distance
 
     def observe(self, distances: Mapping[str, float]) -> None:
         """Take the distances of the units that were open. See the module's text for NaN, infinity and all zeros.
@@ -192,4 +194,5 @@ class InterLayerScheduler(Scheduler):
 class PaperScheduler(InterLayerScheduler):
     """The paper's: each step the ``int(freeze_rate * n)`` units that moved least are frozen."""
 
+    per_learning_rate: ClassVar[bool] = False
     adds_up: ClassVar[bool] = False
