@@ -15,6 +15,7 @@ from reference import optimized
 from reference import step as step_of
 from small_models import Tiny, tokens
 
+from slimfit_fx.runtime.optimizer_hooks import _learning_rate
 from slimfit_fx.schedule import (
     InterLayerScheduler,
     OpenScheduler,
@@ -261,6 +262,18 @@ def test_a_session_tells_ils_how_far_units_moved_per_learning_rate(name):
     assert small.keys() == large.keys() and small
     for unit, distance in large.items():
         assert distance == pytest.approx(small[unit] * (10 if name == "ils_paper" else 1), rel=0.02)
+
+
+def test_the_learning_rate_is_the_largest_of_the_groups_and_nobody_waits_for_it():
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.1}])
+    assert _learning_rate(optimizer) == 0.1
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    assert _learning_rate(optimizer) == 0.25
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25, device="meta")  # as on a GPU
+    assert _learning_rate(optimizer) == 1.0
+    del optimizer.param_groups[0]["lr"]
+    assert _learning_rate(optimizer) == 1.0
 
 
 @given(

@@ -177,7 +177,7 @@ def _moved_nothing(optimizer: Optimizer) -> bool:
 
 def _learning_rate(optimizer: Optimizer) -> float:
     """The largest of its groups; 1 if one has none, or has it on a device that would be waited for."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
+    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
     if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") for rate in rates):
         return 1.0
     return max(map(float, rates))
