@@ -66,11 +66,14 @@ def test_frozen_count_is_exact_in_every_step(name, n, rate, seed):
     assert all(n - len(names) == int(rate * n) for names in run(scheduler, 5))
 
 
-@given(
+of_all_sizes = given(
     sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=40),
     rate=st.sampled_from([0.5, 0.75, 0.9]),
     seed=st.integers(0, 5),
 )
+
+
+@of_all_sizes
 @settings(deadline=None, max_examples=60)
 def test_ils_first_visits_are_levelled(sizes, rate, seed):
     """The largest unit, if it outweighs all others together, is first visited with the smallest ones."""
@@ -247,9 +250,9 @@ def test_the_papers_ils_leaves_behind_what_is_first_visited_early_in_a_warmup():
 def test_a_session_tells_ils_how_far_units_moved_per_learning_rate(name):
     """The first step of an AdamW moves every weight by the rate. What the paper's rule is told follows it."""
 
-    def moved(rate: float, **settings) -> dict[str, float]:
+    def moved(rate: float) -> dict[str, float]:
         torch.manual_seed(0)
-        model, session = optimized(Tiny(), scheduler=name, freeze_rate=0.5, **settings)
+        model, session = optimized(Tiny(), scheduler=name, freeze_rate=0.5)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         for _ in range(2):
             step_of(model, model, tokens())
@@ -264,6 +267,23 @@ def test_a_session_tells_ils_how_far_units_moved_per_learning_rate(name):
         assert distance == pytest.approx(small[unit] * (10 if name == "ils_paper" else 1), rel=0.02)
 
 
+def test_what_two_optimizers_move_is_divided_by_one_learning_rate():
+    """Units of one that moves them a hundred times as far stay that far ahead."""
+    torch.manual_seed(0)
+    model, session = optimized(Tiny(), scheduler="ils", freeze_rate=0.0)
+    parts = [list(block.parameters()) for block in model.blocks[:2]]
+    optimizers = [torch.optim.AdamW(part, lr, weight_decay=0.0) for part, lr in zip(parts, (1e-2, 1e-4), strict=True)]
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    step_of(model, model, tokens())
+    for optimizer in optimizers:
+        optimizer.step()
+    session.before_forward()
+    for name, distance in session.scheduler.distances.items():
+        if name.startswith(("blocks.0.", "blocks.1.")):
+            moved = update_distance(before[name], model.get_parameter(name).detach())
+            assert distance == pytest.approx(float(moved) / 1e-2, rel=1e-5), name
+
+
 def test_the_learning_rate_is_the_largest_of_the_groups_and_nobody_waits_for_it():
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.1}])
@@ -276,11 +296,7 @@ def test_the_learning_rate_is_the_largest_of_the_groups_and_nobody_waits_for_it(
     assert _learning_rate(optimizer) == 1.0
 
 
-@given(
-    sizes=st.lists(st.integers(1, 1000), min_size=2, max_size=40),
-    rate=st.sampled_from([0.5, 0.75, 0.9]),
-    seed=st.integers(0, 5),
-)
+@of_all_sizes
 @settings(deadline=None, max_examples=60)
 def test_ils_no_step_is_heavier_than_first_visits_or_little_more_and_all_have_their_turn(sizes, rate, seed):
     scheduler = make_scheduler("ils")

@@ -48,7 +48,10 @@ class StepListener(Protocol):
         """
 
     def after_step(self, learning_rate: float) -> None:
-        """Called after its step, with the largest learning rate of its groups; 1 if that is not known."""
+        """Called after its step, with the largest learning rate of all optimizers that were seen, as far as known.
+
+        Of all, so that what one of them moves can be compared with what another does.
+        """
 
 
 class OptimizerHooks:
@@ -119,7 +122,7 @@ class OptimizerHooks:
         self._regrouped.leave(optimizer)
         listener = self._listener()
         if listener is not None and listener.forwarded and self._held(optimizer) and not _moved_nothing(optimizer):
-            listener.after_step(_learning_rate(optimizer))
+            listener.after_step(max(map(_learning_rate, {optimizer, *self.optimizers})))
 
     def watch(self, param_ids: frozenset[int]) -> None:
         """Listen to optimizers of these parameters from now on: the model's were replaced."""

@@ -27,6 +27,9 @@ from slimfit_fx.runtime.sampled import sampled_part
 from slimfit_fx.schedule import Scheduler, UnitInfo, combine_parts, distance_parts_of_all, make_scheduler
 from slimfit_fx.units import GateUnit
 
+_STATE_VERSION = 2
+"""Of what ``state_dict`` returns. In 1 the distances of ILS were not per learning rate."""
+
 
 class StepTracker:
     """Gates and scheduler through time; knows nothing of compiling."""
@@ -138,7 +141,7 @@ class StepTracker:
             self._remember(n for n in self.gates.open if any(id(p) in params for p in self.gates.params_of(n)))
 
     def after_step(self, learning_rate: float = 1.0) -> None:
-        """After an optimizer step: measure how far the open units moved.
+        """After an optimizer step: measure how far the open units moved, per learning rate if the scheduler asks so.
 
         Several optimizers may step; it counts as one step.
         """
@@ -225,7 +228,7 @@ class StepTracker:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to take the same decisions: plain Python values that survive JSON."""
         return {
-            "version": 1,
+            "version": _STATE_VERSION,
             "steps": self.steps,
             "stepped": self._stepped,
             "dirty": self._dirty,
@@ -241,9 +244,9 @@ class StepTracker:
         Raises:
             ValueError: the state is of another version, scheduler or set of units.
         """
-        if state.get("version") != 1:
+        if state.get("version") != _STATE_VERSION:
             raise ValueError(
-                f"state must have version 1, got {state.get('version')!r}: "
+                f"state must have version {_STATE_VERSION}, got {state.get('version')!r}: "
                 "save it again with this version of slimfit_fx"
             )
         self.scheduler.load_state_dict(state["scheduler"])

@@ -55,7 +55,7 @@ class Scheduler(abc.ABC):
     """Whether :meth:`observe` must be given update distances. If False, none are computed."""
     per_learning_rate: ClassVar[bool] = False
     """Whether these distances are divided by the learning rate of the step that they were measured in (the largest of
-    the optimizer's groups), as far as it is known: how fast a unit moves, whatever the schedule of the rate."""
+    all groups of the optimizers), as far as it is known: how fast a unit moves, whatever the schedule of the rate."""
     by_rate: ClassVar[bool] = False
     """Whether :attr:`open_count` units are open in each step and all have their turn, so that a unit trains in about
     ``1 - freeze_rate`` of the steps. Adam's averages of units are paced by it (``Config.moments``)."""
