@@ -352,7 +352,7 @@ def test_units_that_do_not_exist(change):
 def test_a_state_of_something_else():
     current = slimfit_fx.session(slimfit_fx.optimize(mlp()))
     state = current.state_dict()
-    with refused("state must have version 1, got None"):
+    with refused("state must have version 2, got None"):
         current.load_state_dict({})
     with refused("state is of scheduler 'RandomScheduler', this one is"):
         current.load_state_dict({**state, "scheduler": {**state["scheduler"], "scheduler": "RandomScheduler"}})
