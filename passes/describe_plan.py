@@ -43,9 +43,11 @@ def describe_plan(seam: Seam, cones: ConePlan, planning: Planning | None, layout
     if planning is not None and planning.refusal:
         refusals += (("the graph", planning.refusal),)
     told = planning or Planning(None)
+    inputs = seam.forward.graph.find_nodes(op="placeholder")
     return GraphPlan(
-        tuple(rows), refusals, gated, note=told.note, time=told.time, blocks=told.blocks, faster=told.faster
-    )
+        tuple(rows), refusals, gated, note=told.note, time=told.time, blocks=told.blocks, faster=told.faster,
+        gate_bytes=tuple(sum(nbytes(inputs[i]) for i in params) for params in layout.params),
+    )  # fmt: skip
 
 
 def _why_missing(cones: ConePlan, gate: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -71,6 +71,11 @@ def open_count(config: Config, scheduler: Scheduler, units: Sequence[GateUnit]) 
     return scheduler.open_count if config.scheduler in (*_BY_RATE, "none") else len(units)
 
 
+def most_open_bytes(config: Config, scheduler: Scheduler, opened: int) -> int | None:
+    """What the gradients of ``opened`` units that the scheduler opens in one step take at most; None: of any."""
+    return scheduler.most_open_bytes(opened) if config.scheduler in _BY_RATE else None
+
+
 def make_budget(
     model: nn.Module, config: Config, units: Sequence[GateUnit], scheduler: Scheduler, optimizers: Optimizers
 ) -> Budget | None:
@@ -120,7 +125,8 @@ def _fixed_bytes(
     optimizers: Sequence[Optimizer],
     opened: int,
 ) -> FixedBytes:
-    largest = heapq.nlargest(opened, units, key=lambda unit: unit.bytes)
+    most = most_open_bytes(config, scheduler, opened)
+    largest = worst_for_the_update(units, opened, most)
     update = update_memory(model, config, units, scheduler, optimizers, [unit.name for unit in largest])
     trainable = sum(bytes_of(p) for p in model.parameters() if p.requires_grad)
     by_name = dict(model.named_parameters(remove_duplicate=False))
@@ -131,7 +137,22 @@ def _fixed_bytes(
         optimizer_state=ADAMW_STATE_PER_BYTE * trainable if update is None else update.state_bytes,
         copies=[copied_bytes(by_name[unit.name], config, scheduler) for unit in units],
         temporaries=None if update is None else update.temporary_bytes,
+        most_open_bytes=most,
     )
+
+
+def worst_for_the_update(units: Sequence[GateUnit], opened: int, most: int | None) -> list[GateUnit]:
+    """``opened`` units whose update takes at least what that of any so many takes whose gradients take ``most`` bytes.
+
+    The largest ones until they take as much, then the smallest: the temporaries of an update go by the largest of the
+    tensors or by their sum.
+    """
+    by_size = sorted(units, key=lambda unit: -unit.bytes)
+    if most is None:
+        return by_size[:opened]
+    sums = itertools.accumulate(unit.bytes for unit in by_size)
+    large = min(opened, 1 + sum(1 for total in sums if total < most))
+    return by_size[:large] + by_size[large:][len(by_size) - opened :]
 
 
 def update_memory(

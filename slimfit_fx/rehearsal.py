@@ -71,7 +71,7 @@ class Rehearsal:
         opened = open_count(config, scheduler, self.units)
         fixed = make_fixed_bytes(self.model, config, self.units, scheduler, self._optimizers)()
         state = None if self.optimizer is None else fixed.optimizer_state
-        found = build_plan(self.model, config, self.units, graphs, state, open_count=opened, update=fixed.update)
+        found = build_plan(self.model, config, self.units, graphs, state, open_count=opened, beside=fixed)
         found = dataclasses.replace(found, notes=(*found.notes, _BREAKS)) if breaks else found
         return found.with_comparison(self.plain_timeline(args, kwargs)) if compare else found
 

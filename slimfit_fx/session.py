@@ -27,7 +27,7 @@ from slimfit_fx.capture.backend import SlimFitBackend
 from slimfit_fx.capture.captured import CapturedGraph, step_trace
 from slimfit_fx.capture.dynamo import one_graph
 from slimfit_fx.config import Config
-from slimfit_fx.planning.budget import format_bytes
+from slimfit_fx.planning.budget import FixedBytes, format_bytes
 from slimfit_fx.planning.peak import StepPeak, forecast
 from slimfit_fx.planning.rows import GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import read_timeline
@@ -122,7 +122,7 @@ class Session:
             self._backend.graphs,
             self._state_bytes(),
             open_count=open_count(self.config, self.scheduler, self._units),
-            update=self._fixed().update,
+            beside=self._fixed(),
         )
 
     def _state_bytes(self) -> int | None:
@@ -331,19 +331,20 @@ def build_plan(
     optimizer_bytes: int | None,
     *,
     open_count: int,
-    update: int | None = None,
+    beside: FixedBytes | None = None,
 ) -> MemoryPlan:
     """Merge the plans of a model's graphs into one, with the peak of a step in which ``open_count`` units train.
 
-    ``update``: bytes that the optimizer's step takes.
+    ``beside``: what there is beside the step.
     """
     chosen = latest_graphs(graphs)
     traced = step_trace(chosen)
     known: dict[str, Any] = {"peak_unknown": traced}
     if not isinstance(traced, str):
         trace, names = traced
-        peak = forecast(trace, names, open_count)
+        peak = forecast(trace, names, open_count, None if beside is None else beside.opened)
         pattern = [k for k, name in enumerate(names) if name in peak.worst_units]
+        update = None if beside is None else beside.update
         known = {"peak": peak, "timeline": read_timeline(trace, pattern, update_bytes=update)}
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     merged = merge_plans(

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import nn
 
 from slimfit_fx.api import checked_settings
-from slimfit_fx.beside_steps import open_count
+from slimfit_fx.beside_steps import most_open_bytes, open_count
 from slimfit_fx.config import Config
 from slimfit_fx.fit import arguments_of_forward
 from slimfit_fx.planning.peak import StepTrace
@@ -161,9 +161,12 @@ def _ours(
 ) -> Iterator[tuple[str, Callable[[], FrontPoint]]]:
     def point(name: str, settings: Config) -> FrontPoint:
         trace = known_step(rehearsal.graphs(settings, args, kwargs, peak=True))
-        opened = min(open_count(settings, rehearsal.scheduler(settings), rehearsal.units), trace.num_gates)
+        scheduler = rehearsal.scheduler(settings)
+        opened = open_count(settings, scheduler, rehearsal.units)
+        most = most_open_bytes(settings, scheduler, opened)
+        opened = min(opened, trace.num_gates)
         share = opened / max(1, len(rehearsal.units))
-        return FrontPoint(name, True, trace.worst(opened)[0], roofline.expected_ms(trace.work, share))
+        return FrontPoint(name, True, trace.worst(opened, most)[0], roofline.expected_ms(trace.work, share))
 
     config = dataclasses.replace(config, memory_budget=None)
     for level, share in _STEPS:

@@ -84,6 +84,36 @@ def test_no_pattern_exceeds_the_bound(trace, count):
     assert all(trace.peak(p).peak_bytes <= bound for p in itertools.combinations(range(4), count))
 
 
+@given(
+    trace=traces(shared=True),
+    count=st.integers(0, 4),
+    gate_bytes=st.tuples(*[st.integers(0, 150)] * 4),
+    most=st.integers(0, 400),
+)
+@settings(max_examples=300)
+def test_no_pattern_whose_gradients_take_so_much_exceeds_the_bound(trace, count, gate_bytes, most):
+    """And what is said to meet it is such a pattern; the bound is never above that of any choice."""
+    known = dataclasses.replace(trace, gate_bytes=gate_bytes)
+    bound, pattern = known.worst(count, most)
+    allowed = [
+        frozenset(p)
+        for size in range(count + 1)
+        for p in itertools.combinations(range(4), size)
+        if sum(gate_bytes[gate] for gate in p) <= most
+    ]
+    assert all(known.peak(p).peak_bytes <= bound for p in allowed)
+    assert pattern in allowed and bound <= known.worst(count)[0] == trace.worst(count, most)[0]
+
+
+def test_gradients_count_up_to_their_level_and_what_is_beside_them_by_itself():
+    """Three gradients of 100 of which one may be, each with 5 bytes that are saved for it; two units are open."""
+    gradients = [Event(105, gate, frozenset([gate])) for gate in range(3)]
+    trace = StepTrace((Event(10, 3), *gradients), 0, {}, 3, gate_bytes=(100, 100, 100))
+    assert trace.worst(2)[0] == 10 + 105 + 105
+    assert trace.worst(2, 120)[0] == 10 + 120 + 5 + 5
+    assert len(trace.worst(2, 120)[1]) == 1
+
+
 @given(trace=traces(shared=True))
 @settings(max_examples=80)
 def test_the_bound_for_all_gates_is_reached_by_all(trace):
@@ -123,6 +153,15 @@ def test_graphs_are_joined_forward_in_order_and_backward_reversed():
     assert both.boundary == 3 and both.num_gates == 2
     assert [sorted(e.owners) for e in both.events] == [[], [1], [], [], [0], []]
     assert len({e.block for e in both.events}) == 4
+    assert both.gate_bytes == ()
+
+
+def test_a_gate_of_several_graphs_has_one_gradient():
+    first = StepTrace((), 0, {}, 2, gate_bytes=(8, 4))
+    second = StepTrace((), 0, {}, 1, gate_bytes=(8,))
+    assert join([first, second], [[0, 1], [0]]).gate_bytes == (8, 4)
+    assert join([first, StepTrace((), 0, {}, 0)], [[0, 1], []]).gate_bytes == (8, 4)
+    assert join([first, StepTrace((), 0, {}, 1)], [[0, 1], [0]]).gate_bytes == (), "not known of one: not known"
 
 
 def test_a_forecast_names_units_and_sums_equal_blocks():

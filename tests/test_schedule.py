@@ -29,6 +29,7 @@ from slimfit_fx.schedule import (
     update_distance,
 )
 from slimfit_fx.schedule.base import hash_fraction
+from slimfit_fx.schedule.ils import first_visits
 
 ILS = ("ils", "ils_paper")
 BUILT_IN = (*ILS, "random", "round_robin", "none")
@@ -312,9 +313,52 @@ def test_ils_no_step_is_heavier_than_first_visits_or_little_more_and_all_have_th
             visits[name] += 1
         scheduler.observe(dict.fromkeys(names, 1.0))
     first = loads[:tour]
-    smallest = sum(sorted(bytes_of.values())[: count - 1])
-    assert max(loads) <= 1.05 * max([*first, 1.5 * sum(first) / tour, max(bytes_of.values()) + smallest])
+    smallest = sum(sorted(bytes_of.values())[:count])
+    assert max(loads) <= max([*first, 1.5 * sum(first) / tour]) + smallest
+    assert max(loads) <= scheduler.most_open_bytes(count) <= sum(sorted(bytes_of.values())[-count:])
     assert min(visits.values()) >= 5, "of twenty each, if nothing had a weight"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@given(n=counts, rate=rates, data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_no_step_opens_more_bytes_than_the_scheduler_says(name, n, rate, data):
+    """Whatever the sizes, the distances, the seed and the pins; this is what budgets count on."""
+    scheduler = make_scheduler(name)
+    sizes = data.draw(st.lists(st.integers(0, 1000), min_size=n, max_size=n))
+    known = [UnitInfo(f"u{i}", size, 4 * size) for i, size in enumerate(sizes)]
+    scheduler.start(known, freeze_rate=rate, seed=data.draw(st.integers(0, 99)))
+    bytes_of = {unit.name: unit.grad_bytes for unit in known}
+    opened = n if name == "none" else scheduler.open_count
+    bound = scheduler.most_open_bytes(opened)
+    for _ in range(8):
+        if data.draw(st.booleans()):
+            scheduler.pin(frozenset(data.draw(st.sets(st.sampled_from(sorted(bytes_of))))))
+        names = scheduler.select()
+        assert sum(bytes_of[name] for name in names) <= bound
+        scheduler.observe({name: data.draw(moves) for name in names})
+
+
+@of_all_sizes
+@settings(deadline=None, max_examples=60)
+def test_the_level_of_ils_is_the_same_for_all_seeds(sizes, rate, seed):
+    known = [UnitInfo(f"u{i}", size, size) for i, size in enumerate(sizes)]
+    per_step = len(sizes) - int(rate * len(sizes))
+    loads = []
+    for each in (0, seed):
+        order = first_visits(known, per_step, each)
+        bytes_of = {unit.name: unit.grad_bytes for unit in known}
+        loads.append(sorted(sum(bytes_of[n] for n in order[i : i + per_step]) for i in range(0, len(order), per_step)))
+    assert loads[0] == loads[1]
+
+
+def test_ils_opens_fewer_where_what_is_not_pinned_is_too_large():
+    known = [UnitInfo(f"u{i}", size, size) for i, size in enumerate([1] * 8 + [100] * 2)]
+    scheduler = make_scheduler("ils")
+    scheduler.start(known, freeze_rate=0.8, seed=0)
+    scheduler.pin(frozenset(f"u{i}" for i in range(8)))
+    assert scheduler.most_open_bytes(2) == 103
+    assert len(scheduler.select()) == 1
 
 
 def test_ils_never_opens_an_embedding_with_large_matrices():

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from slimfit_fx.config import Config
-from slimfit_fx.planning.peak import StepTrace
+from slimfit_fx.planning.peak import StepTrace, largest_pattern
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.workspaces import library_bytes
 from slimfit_fx.presets import FALLBACK
@@ -49,9 +49,11 @@ class FixedBytes:
     update: int
     """Gradients, copies of what is compared of open weights and the optimizer's temporaries, while it steps."""
     gradients: int = 0
-    """Of the largest units that may be open, and of all that always trains."""
+    """Of the units that may be open, at most, and of all that always trains."""
     libraries: int = 0
     """What the device's libraries keep for themselves (workspaces.py)."""
+    opened: int | None = None
+    """Gradients of the units that may be open, at most; None: of any choice of so many."""
 
     @property
     def total(self) -> int:
@@ -133,33 +135,40 @@ def fixed_bytes(
     optimizer_state: int,
     copies: Sequence[int] = (),
     temporaries: int | None = None,
+    most_open_bytes: int | None = None,
 ) -> FixedBytes:
     """What a model holds beside its steps.
 
     ``unit_bytes``: gradients of each unit; ``copies``: what is remembered of each while the optimizer steps, if it is;
     ``temporaries``: what the optimizer takes for itself (update.py); a rough bound if it is not known.
+    ``most_open_bytes``: what gradients of open units take at most, if the scheduler sees to that.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p in parameters]
     with_copies = [sum(both) for both in zip(unit_bytes, copies or [0] * len(unit_bytes), strict=True)]
     always = sum(sizes) - sum(unit_bytes)
-    trained = always + sum(heapq.nlargest(open_count, unit_bytes))
+    opened, copied = sum(heapq.nlargest(open_count, unit_bytes)), sum(heapq.nlargest(open_count, with_copies))
+    if most_open_bytes is not None:
+        opened = min(opened, most_open_bytes)
+        copied = min(copied, opened + sum(heapq.nlargest(open_count, copies)))
+    trained = always + opened
     if temporaries is None:
         temporaries = 3 * trained
     return FixedBytes(
         parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
         optimizer_state=optimizer_state,
-        update=always + sum(heapq.nlargest(open_count, with_copies)) + temporaries,
+        update=always + copied + temporaries,
         gradients=trained,
         libraries=max((library_bytes(device) for device in {p.device for p in parameters}), default=0),
+        opened=most_open_bytes,
     )
 
 
 def judge(config: Config, trace: StepTrace, budget: Budget) -> Judged:
     """What a step takes, with all that ``budget`` must cover, by the plan that ``trace`` was compiled from."""
     fixed = budget.fixed()
-    worst, _ = trace.worst(min(budget.open_count, trace.num_gates))
+    worst, _ = trace.worst(min(budget.open_count, trace.num_gates), fixed.opened)
     earlier = fixed.gradients if budget.accumulates else 0
     return Judged(config, worst, fixed.total + max(earlier + worst, fixed.update))
 
@@ -170,13 +179,15 @@ def held_alone(plan: GraphPlan, budget: Budget) -> int:
     The saved values of a graph never share memory, and all of them are alive at once; a tenth is left for what Inductor
     may still merge.
     """
-    by_gate: dict[str, int] = {}
+    by_gate: dict[int, int] = {}
     for row in plan.rows:
         if row.gates:
-            by_gate[row.gates[0]] = by_gate.get(row.gates[0], 0) + row.bytes_open - row.bytes_closed
-    held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
-    held += sum(heapq.nlargest(budget.open_count, by_gate.values()))
+            gate = int(row.gates[0])
+            by_gate[gate] = by_gate.get(gate, 0) + row.bytes_open - row.bytes_closed
     fixed = budget.fixed()
+    pattern = largest_pattern(by_gate, budget.open_count, fixed.opened, plan.gate_bytes)
+    held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
+    held += sum(by_gate[gate] for gate in pattern)
     return fixed.total + (fixed.gradients if budget.accumulates else 0) + int(0.9 * held)
 
 

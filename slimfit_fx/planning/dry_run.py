@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -155,9 +156,20 @@ def trace_step(
     for grad in grads:
         if isinstance(grad, StandIn) and grad.block is not None:
             meter.labels[grad.block.number] = GRADIENT
-    trace = StepTrace(tuple(meter.events), boundary, dict(meter.labels), len(layout.params), tuple(meter.work))
+    gate_bytes = _gate_bytes(forward.inputs, layout)
+    trace = StepTrace(
+        tuple(meter.events), boundary, dict(meter.labels), len(layout.params), tuple(meter.work), gate_bytes
+    )
     del grads, kept
     return trace
+
+
+def _gate_bytes(inputs: Sequence[Any], layout: GateLayout) -> tuple[int, ...]:
+    """Bytes of the gradients of each gate's parameters; empty if some are no plain tensors."""
+    specs = [[inputs[i] for i in params] for params in layout.params]
+    if not all(isinstance(spec, TensorSpec) for of_gate in specs for spec in of_gate):
+        return ()
+    return tuple(sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in of_gate) for of_gate in specs)
 
 
 def _as_backward_takes_them(saved: Sequence[Any], names: Sequence[str], meter: Meter) -> list[Any]:

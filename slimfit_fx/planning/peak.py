@@ -78,6 +78,8 @@ class StepTrace:
     num_gates: int
     work: tuple[Work, ...] = ()
     """What the kernels do, in order; for an expectation of the time only."""
+    gate_bytes: tuple[int, ...] = ()
+    """Of the gradients of what each gate freezes; empty if that is not known."""
 
     def peak(self, open_gates: Collection[int]) -> StepPeak:
         """The step with exactly these gates open."""
@@ -102,24 +104,32 @@ class StepTrace:
             saved, forward_peak = total, peak
         return StepPeak(peak, forward_peak, saved, total, tuple(timeline), peak_event, tuple(found))
 
-    def worst(self, count: int) -> tuple[int, frozenset[int]]:
+    def worst(self, count: int, most_bytes: int | None = None) -> tuple[int, frozenset[int]]:
         """(upper bound on the peak over all patterns of ``count`` open gates, the pattern that it was met with).
 
         At every moment the ``count`` gates that own most are taken. Exact where blocks have one owner, and for no and
         for all gates; where several gates share blocks the bound may exceed what any one pattern reaches.
+
+        ``most_bytes``: only patterns whose gradients take so many bytes at most. The bound may exceed what any of these
+        reaches: gates are told apart by what they own beside gradients, which are taken for ``most_bytes`` together.
         """
+        level = _Level(count, most_bytes, self.gate_bytes)
         bound, pattern = 0, frozenset[int]()
         for always, owned, shared, branch in self._moments():
             if branch and not count:  # nobody is there then
                 continue
             best = max(branch, key=lambda gate: (owned.get(gate, 0), -gate), default=None)
             others = ((size, gate) for gate, size in owned.items() if gate != best)
-            chosen = heapq.nlargest(max(0, count - len(branch[:1])), others)
-            total = always + sum(size for size, _ in chosen) + (0 if best is None else owned.get(best, 0))
+            chosen = [gate for _, gate in heapq.nlargest(max(0, count - len(branch[:1])), others)]
+            chosen = [*(() if best is None else (best,)), *chosen]
+            total = always + sum(owned.get(gate, 0) for gate in chosen)
+            if total > bound and level.excludes(chosen):
+                total = min(total, always + level.most_owned(owned))
+                chosen = level.those_that_fit(chosen, owned)
             if total > bound and shared:
-                total = min(total, always + _with_shares(owned, shared, count))
+                total = min(total, always + _with_shares(owned, shared, level))
             if total > bound:
-                bound, pattern = total, frozenset([*(gate for _, gate in chosen), *(() if best is None else (best,))])
+                bound, pattern = total, frozenset(chosen)
         return bound, pattern
 
     def _moments(self) -> Iterator[tuple[int, dict[int, int], dict[frozenset[int], int], Sequence[int]]]:
@@ -150,6 +160,7 @@ class StepTrace:
             "labels": {str(block): label for block, label in self.labels.items()},
             "num_gates": self.num_gates,
             "work": [[w.flops, w.nbytes, w.dtype, sorted(w.gates)] for w in self.work],
+            "gate_bytes": list(self.gate_bytes),
         }
 
     @classmethod
@@ -158,7 +169,8 @@ class StepTrace:
         events = tuple(Event(delta, block, *map(frozenset, gates)) for delta, block, *gates in data["events"])
         labels = {int(block): label for block, label in data["labels"].items()}
         work = tuple(Work(f, n, dtype, frozenset(gates)) for f, n, dtype, gates in data.get("work", ()))
-        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work)
+        gate_bytes = tuple(data.get("gate_bytes", ()))
+        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work, gate_bytes)
 
 
 @dataclass(frozen=True)
@@ -178,10 +190,12 @@ class PeakForecast:
     """Who is alive at the peak of that choice: (what, how many, bytes in all), largest first."""
 
 
-def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakForecast:
-    """Sum ``trace`` up; ``names[k]`` names gate ``k``."""
+def forecast(
+    trace: StepTrace, names: Sequence[str], open_count: int, most_open_bytes: int | None = None
+) -> PeakForecast:
+    """Sum ``trace`` up; ``names[k]`` names gate ``k``. ``most_open_bytes``: of gradients of open units."""
     count = min(open_count, trace.num_gates)
-    bound, pattern = trace.worst(count)
+    bound, pattern = trace.worst(count, most_open_bytes)
     groups: dict[str, list[int]] = {}
     for alive in trace.peak(pattern).alive_at_peak:
         of = ", ".join(names[g] for g in sorted(alive.gates & pattern))
@@ -197,8 +211,54 @@ def forecast(trace: StepTrace, names: Sequence[str], open_count: int) -> PeakFor
     )
 
 
-def _with_shares(owned: Mapping[int, int], shared: Mapping[frozenset[int], int], count: int) -> int:
-    """Upper bound on what ``count`` gates own together, where blocks are shared; the lesser of two.
+@dataclass(frozen=True)
+class _Level:
+    """Which patterns there are: ``count`` gates, whose gradients take ``most_bytes`` at most, if that is a number."""
+
+    count: int
+    most_bytes: int | None
+    gate_bytes: Sequence[int]
+
+    def excludes(self, gates: Collection[int]) -> bool:
+        """Whether the gradients of these take too much."""
+        if self.most_bytes is None or not self.gate_bytes:
+            return False
+        return sum(self.gate_bytes[gate] for gate in gates) > self.most_bytes
+
+    def most_owned(self, owned: Mapping[int, float]) -> int:
+        """Upper bound on what the gates of a pattern own; the lesser of two.
+
+        What the ``count`` gates own that own most. And: all that they own up to the size of their gradients, which is
+        ``most_bytes`` at most, and what else the ``count`` gates own that own most of that.
+        """
+        any_gates = sum(heapq.nlargest(self.count, owned.values()))
+        if self.most_bytes is None or not self.gate_bytes:
+            return math.ceil(any_gates)
+        beside = (max(0, size - self.gate_bytes[gate]) for gate, size in owned.items())
+        return math.ceil(min(any_gates, self.most_bytes + sum(heapq.nlargest(self.count, beside))))
+
+    def those_that_fit(self, first: Sequence[int], owned: Mapping[int, float]) -> list[int]:
+        """A pattern: gates by what they own, ``first`` ahead of all, that find room beside the ones before them."""
+        others = sorted(set(owned) - set(first), key=lambda gate: (-owned[gate], gate))
+        if self.most_bytes is None or not self.gate_bytes:
+            return [*first, *others][: self.count]
+        room, chosen = self.most_bytes, list[int]()
+        for gate in [*first, *others]:
+            if len(chosen) < self.count and self.gate_bytes[gate] <= room:
+                chosen.append(gate)
+                room -= self.gate_bytes[gate]
+        return chosen
+
+
+def largest_pattern(
+    owned: Mapping[int, float], count: int, most_bytes: int | None, gate_bytes: Sequence[int]
+) -> list[int]:
+    """A pattern of ``count`` gates at most that own much, and whose gradients take ``most_bytes`` at most."""
+    return _Level(count, most_bytes, gate_bytes).those_that_fit((), owned)
+
+
+def _with_shares(owned: Mapping[int, int], shared: Mapping[frozenset[int], int], level: _Level) -> int:
+    """Upper bound on what the gates of a pattern own together, where blocks are shared; the lesser of two.
 
     Everything that is owned, once. And: each gate answers for its part of a shared block only, the rest of the block is
     there anyway; whichever owners are open, the block is then counted in full at least.
@@ -210,7 +270,7 @@ def _with_shares(owned: Mapping[int, int], shared: Mapping[frozenset[int], int],
         rest += size * (1 - 1 / len(owners))
         for gate in owners:
             part[gate] -= size * (1 - 1 / len(owners))
-    return min(once, math.ceil(rest + sum(heapq.nlargest(count, part.values()))))
+    return min(once, math.ceil(rest) + level.most_owned(part))
 
 
 def happens(event: Event, chosen: frozenset[int]) -> bool:
@@ -240,7 +300,18 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
         for trace, numbers in zip(traces, gates, strict=True)
         for w in trace.work
     )
-    return StepTrace(tuple(forward + late), len(forward), labels, total, work)
+    return StepTrace(tuple(forward + late), len(forward), labels, total, work, _joined_gate_bytes(traces, gates, total))
+
+
+def _joined_gate_bytes(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]], total: int) -> tuple[int, ...]:
+    """Several graphs may use one parameter: its gradient is there once."""
+    if not all(trace.gate_bytes for trace in traces if trace.num_gates):
+        return ()
+    found = [0] * total
+    for trace, numbers in zip(traces, gates, strict=True):
+        for size, number in zip(trace.gate_bytes, numbers, strict=True):
+            found[number] = max(found[number], size)
+    return tuple(found)
 
 
 def _moved(event: Event, offset: int, numbers: Sequence[int]) -> Event:

@@ -127,6 +127,8 @@ class GraphPlan:
     """How many repeated blocks were found; 0 also where nobody looked, since only cheap work runs again."""
     faster: Faster | None = None
     """What ``recompute="auto"`` left for less memory; None if it took the fastest level."""
+    gate_bytes: tuple[int, ...] = ()
+    """Of the gradients of what each gate freezes; empty if that is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -146,6 +148,7 @@ class GraphPlan:
             None if data["time"] is None else ExpectedTime(**data["time"]),
             data["blocks"],
             None if data["faster"] is None else Faster(**data["faster"]),
+            tuple(data.get("gate_bytes", ())),
         )
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -105,6 +106,10 @@ class Scheduler(abc.ABC):
         """
         self._check_names(closed, "pin")
         self._pinned = frozenset(closed)
+
+    def most_open_bytes(self, count: int) -> int:
+        """Return the bytes of gradients that no step with ``count`` open units exceeds: those of the largest ones."""
+        return sum(heapq.nlargest(count, (unit.grad_bytes for unit in self.units)))
 
     @abc.abstractmethod
     def select(self) -> frozenset[str]:

@@ -19,7 +19,8 @@ Seven cases that the paper leaves open:
   of their gradients are about equal in every step. A word embedding is not opened together with three large matrices:
   the peak of a run is that of its worst step.
 - ``InterLayerScheduler`` holds to that level ever after: a unit that does not fit beside those that have missed more
-  lets a smaller one go first, and comes first itself before long.
+  lets a smaller one go first, and comes first itself before long. Where small units are pinned and the others too large
+  for as many of them, fewer are open.
 
 - Equal distances: the unit that comes first in the model is opened first.
 - A distance that is NaN or infinite (weights that overflowed, a tensor that was all zero before the step) changes
@@ -37,8 +38,10 @@ Seven cases that the paper leaves open:
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slimfit_fx.schedule.base import Scheduler, UnitInfo, hash_fraction
@@ -50,6 +53,16 @@ _CAP = 2.0**40
 _ABOVE_LEVEL = 1.5
 """Times the mean load of first visits that a step may have at least. Norms weigh nothing and hardly ever come again, so
 that later steps have more to carry than first visits."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Bytes of gradients that a step may open."""
+
+    room: int
+    """For units in the order of what they have missed: those of the heaviest step of first visits, or little more."""
+    most: int
+    """In all, with small ones that take the places for which no larger unit fits."""
 
 
 def first_visits(units: Sequence[UnitInfo], per_step: int, seed: int) -> list[str]:
@@ -67,37 +80,44 @@ def first_visits(units: Sequence[UnitInfo], per_step: int, seed: int) -> list[st
     turn = [hash_fraction("ils step", seed, step) for step in range(steps)]
     for unit in sorted(units, key=lambda u: (-u.grad_bytes, chance[u.name])):
         free = [step for step in range(steps) if len(visits[step]) < places[step]]
-        chosen = min(free, key=lambda step: (load[step], turn[step]))
+        chosen = min(free, key=lambda step: (load[step], len(visits[step]) - places[step], turn[step]))
         visits[chosen].append(unit.name)
         load[chosen] += unit.grad_bytes
     return [name for step in visits for name in sorted(step, key=lambda name: chance[name])]
 
 
-def most_bytes(units: Sequence[UnitInfo], per_step: int, seed: int) -> int:
-    """Return how many bytes of gradients a step may open: those of the heaviest step of first visits or little more."""
+def level_of(units: Sequence[UnitInfo], per_step: int) -> Level:
+    """The level of steps that open ``per_step`` of ``units``: whatever the seed, all first visits keep it."""
     if not units:
-        return 0
+        return Level(0, 0)
     bytes_of = {unit.name: unit.grad_bytes for unit in units}
-    order = first_visits(units, per_step, seed)
+    order = first_visits(units, per_step, 0)
     loads = [sum(bytes_of[name] for name in order[i : i + per_step]) for i in range(0, len(order), per_step)]
-    return max([*loads, int(_ABOVE_LEVEL * sum(loads) / len(loads))])
+    room = max([*loads, int(_ABOVE_LEVEL * sum(loads) / len(loads))])
+    return Level(room, room + sum(heapq.nsmallest(per_step, bytes_of.values())))
 
 
-def choose(ranked: Sequence[UnitInfo], count: int, room: int) -> list[UnitInfo]:
+def choose(ranked: Sequence[UnitInfo], count: int, level: Level) -> list[UnitInfo]:
     """Return ``count`` units: the first one, then those whose gradients find room beside the ones before them.
 
-    If these are too few, the smallest of the others come with them.
+    If these are too few, the smallest of the others come with them, as far as the level allows: it allows all unless
+    some units are not in ``ranked``.
     """
     chosen: list[UnitInfo] = []
     left: list[UnitInfo] = []
+    room = level.room
     for unit in ranked:
-        fits = not chosen or unit.grad_bytes <= room
-        if fits and len(chosen) < count:
+        if len(chosen) < count and unit.grad_bytes <= room:
             chosen.append(unit)
             room -= unit.grad_bytes
         else:
             left.append(unit)
-    return chosen + sorted(left, key=lambda unit: unit.grad_bytes)[: count - len(chosen)]
+    room += level.most - level.room
+    for unit in sorted(left, key=lambda unit: unit.grad_bytes)[: count - len(chosen)]:
+        if unit.grad_bytes <= room:
+            chosen.append(unit)
+            room -= unit.grad_bytes
+    return chosen
 
 
 class InterLayerScheduler(Scheduler):
@@ -118,8 +138,7 @@ class InterLayerScheduler(Scheduler):
         """The last answer of select()."""
         self._unreported: frozenset[str] = frozenset()
         """Units that were open in a step whose distance has not come yet."""
-        self._room = 0
-        """Bytes of gradients that a step may open."""
+        self._level = Level(0, 0)
 
     def start(self, units: Sequence[UnitInfo], *, freeze_rate: float, seed: int) -> None:
         """Begin a run with huge distances whose order depends on the seed and on the units' names and sizes only."""
@@ -127,12 +146,14 @@ class InterLayerScheduler(Scheduler):
         order = first_visits(self.units, self.open_count, seed)
         self._distances = {name: _START * (2.0 - (i + 1) / (len(order) + 1)) for i, name in enumerate(order)}
         self._missed = dict.fromkeys(order, 1)
-        self._level()
+        everything = sum(unit.grad_bytes for unit in self.units)
+        self._level = level_of(self.units, self.open_count) if self.adds_up else Level(everything, everything)
         self._opened = self._unreported = frozenset()
 
-    def _level(self) -> None:
-        everything = sum(unit.grad_bytes for unit in self.units)
-        self._room = most_bytes(self.units, self.open_count, self.seed) if self.adds_up else everything
+    def most_open_bytes(self, count: int) -> int:
+        """Return the bytes of gradients that no step with ``count`` open units exceeds: its level."""
+        any_units = super().most_open_bytes(count)
+        return min(any_units, level_of(self.units, count).most) if self.adds_up and count else any_units
 
     @property
     def distances(self) -> dict[str, float]:
@@ -142,7 +163,7 @@ class InterLayerScheduler(Scheduler):
     def select(self) -> frozenset[str]:
         """Return the ``open_count`` units that have missed most, if they find room; equal ones in model order."""
         ranked = sorted(self.candidates, key=lambda unit: -self._rank(unit.name))  # sorted() is stable
-        self._opened = frozenset(unit.name for unit in choose(ranked, self.open_count, self._room))
+        self._opened = frozenset(unit.name for unit in choose(ranked, self.open_count, self._level))
         return self._opened
 
     def _rank(self, name: str) -> float:
@@ -188,7 +209,6 @@ class InterLayerScheduler(Scheduler):
         opened, unreported = frozenset(state["opened"]), frozenset(state["unreported"])
         super().load_state_dict(state)
         self._distances, self._missed, self._opened, self._unreported = distances, missed, opened, unreported
-        self._level()
 
 
 class PaperScheduler(InterLayerScheduler):
