@@ -92,7 +92,9 @@ def test_the_update_is_judged_by_the_largest_units_that_take_as_much(most, opene
 
 
 def test_saved_bytes_of_units_that_are_never_open_together_are_not_taken_for_held():
-    rows = (row(gates=("0",), bytes_open=100, bytes_closed=0), row(gates=("1",), bytes_open=90, bytes_closed=0), row(gates=("2",), bytes_open=50, bytes_closed=0))
+    rows = tuple(
+        row(gates=(gate,), bytes_open=size, bytes_closed=0) for gate, size in (("0", 100), ("1", 90), ("2", 50))
+    )
     fixed = FixedBytes(5, 1, 4, 0, opened=80)
 
     def held(gate_bytes: tuple[int, ...], beside: FixedBytes = fixed) -> int:
