@@ -17,7 +17,8 @@ from slimfit_fx.passes.insert_gates import GATES
 from slimfit_fx.passes.liveness import SERVES
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
-from slimfit_fx.planning.planner import Decision, Planning
+from slimfit_fx.planning.decisions import Decision
+from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.rows import WHOLE, GraphPlan, PlanRow
 from slimfit_fx.presets import PARTS
 

@@ -22,7 +22,7 @@ from torch import fx
 
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, nbytes
-from slimfit_fx.planning.planner import MAX_GATES_PER_CONE
+from slimfit_fx.planning.chances import MAX_GATES_PER_CONE
 
 MAIN = -1
 CONE = "slimfit_cone"

@@ -30,7 +30,7 @@ from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.static_readers import ReaderGroups, StaticReaders, part_readers
 from slimfit_fx.passes.templates import TemplateWriter
-from slimfit_fx.planning.planner import dense_order
+from slimfit_fx.planning.decisions import dense_order
 
 ENCODED = "slimfit_encoded"
 """Marks a part of an encoded value with (the value's name, what kind of part, its number)."""

@@ -23,7 +23,7 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.passes.find_cones import tangent_fed
 from slimfit_fx.passes.liveness import served_gates
-from slimfit_fx.planning.planner import effective_gates
+from slimfit_fx.planning.chances import effective_gates
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import fx
 
 from slimfit_fx.graph.joint import STATIC
 from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan, find_cones
-from slimfit_fx.planning.planner import MAX_GATES_PER_CONE
+from slimfit_fx.planning.chances import MAX_GATES_PER_CONE
 
 MM, NEG, MUL, PERMUTE, SUM = (
     ATEN.mm.default,

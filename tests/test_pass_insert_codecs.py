@@ -18,7 +18,7 @@ from slimfit_fx.graph.joint import STATIC
 from slimfit_fx.passes.insert_codecs import ENCODED, STATIC_STORED, insert_codecs
 from slimfit_fx.passes.partition import DECISION
 from slimfit_fx.passes.saved import Seam
-from slimfit_fx.planning.planner import Decision
+from slimfit_fx.planning.decisions import Decision
 from slimfit_fx.presets import FALLBACK
 
 

@@ -19,7 +19,9 @@ from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph
 from slimfit_fx.passes.partition import DECISION, tag_cut
-from slimfit_fx.planning.planner import Planner, Planning, chance_open, dense_order, effective_gates
+from slimfit_fx.planning.chances import chance_open, effective_gates
+from slimfit_fx.planning.decisions import dense_order
+from slimfit_fx.planning.planner import Planner, Planning
 
 MM, NEG, EXP, MUL, PERMUTE = ATEN.mm.default, ATEN.neg.default, ATEN.exp.default, ATEN.mul.Tensor, ATEN.permute.default
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from slimfit_fx.config import Config
-from slimfit_fx.planning.peak import StepTrace, largest_pattern
+from slimfit_fx.planning.patterns import Patterns
+from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.workspaces import library_bytes
 from slimfit_fx.presets import FALLBACK
@@ -185,7 +186,7 @@ def held_alone(plan: GraphPlan, budget: Budget) -> int:
             gate = int(row.gates[0])
             by_gate[gate] = by_gate.get(gate, 0) + row.bytes_open - row.bytes_closed
     fixed = budget.fixed()
-    pattern = largest_pattern(by_gate, budget.open_count, fixed.opened, plan.gate_bytes)
+    pattern = Patterns(budget.open_count, fixed.opened, plan.gate_bytes).largest(by_gate)
     held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
     held += sum(by_gate[gate] for gate in pattern)
     return fixed.total + (fixed.gradients if budget.accumulates else 0) + int(0.9 * held)

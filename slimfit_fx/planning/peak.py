@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimfit_fx.planning.patterns import Patterns
 from slimfit_fx.planning.roofline import Work
 
 
@@ -113,7 +113,7 @@ class StepTrace:
         ``most_bytes``: only patterns whose gradients take so many bytes at most. The bound may exceed what any of these
         reaches: gates are told apart by what they own beside gradients, which are taken for ``most_bytes`` together.
         """
-        level = _Level(count, most_bytes, self.gate_bytes)
+        allowed = Patterns(count, most_bytes, self.gate_bytes)
         bound, pattern = 0, frozenset[int]()
         for always, owned, shared, branch in self._moments():
             if branch and not count:  # nobody is there then
@@ -123,11 +123,11 @@ class StepTrace:
             chosen = [gate for _, gate in heapq.nlargest(max(0, count - len(branch[:1])), others)]
             chosen = [*(() if best is None else (best,)), *chosen]
             total = always + sum(owned.get(gate, 0) for gate in chosen)
-            if total > bound and level.excludes(chosen):
-                total = min(total, always + level.most_owned(owned))
-                chosen = level.those_that_fit(chosen, owned)
+            if total > bound and allowed.excludes(chosen):
+                total = min(total, always + allowed.most_owned(owned))
+                chosen = allowed.largest(owned, first=chosen)
             if total > bound and shared:
-                total = min(total, always + _with_shares(owned, shared, level))
+                total = min(total, always + allowed.most_owned_once(owned, shared))
             if total > bound:
                 bound, pattern = total, frozenset(chosen)
         return bound, pattern
@@ -209,68 +209,6 @@ def forecast(
         worst_units=tuple(sorted(names[g] for g in pattern)),
         alive=tuple(rows),
     )
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Which patterns there are: ``count`` gates, whose gradients take ``most_bytes`` at most, if that is a number."""
-
-    count: int
-    most_bytes: int | None
-    gate_bytes: Sequence[int]
-
-    def excludes(self, gates: Collection[int]) -> bool:
-        """Whether the gradients of these take too much."""
-        if self.most_bytes is None or not self.gate_bytes:
-            return False
-        return sum(self.gate_bytes[gate] for gate in gates) > self.most_bytes
-
-    def most_owned(self, owned: Mapping[int, float]) -> int:
-        """Upper bound on what the gates of a pattern own; the lesser of two.
-
-        What the ``count`` gates own that own most. And: all that they own up to the size of their gradients, which is
-        ``most_bytes`` at most, and what else the ``count`` gates own that own most of that.
-        """
-        any_gates = sum(heapq.nlargest(self.count, owned.values()))
-        if self.most_bytes is None or not self.gate_bytes:
-            return math.ceil(any_gates)
-        beside = (max(0, size - self.gate_bytes[gate]) for gate, size in owned.items())
-        return math.ceil(min(any_gates, self.most_bytes + sum(heapq.nlargest(self.count, beside))))
-
-    def those_that_fit(self, first: Sequence[int], owned: Mapping[int, float]) -> list[int]:
-        """A pattern: gates by what they own, ``first`` ahead of all, that find room beside the ones before them."""
-        others = sorted(set(owned) - set(first), key=lambda gate: (-owned[gate], gate))
-        if self.most_bytes is None or not self.gate_bytes:
-            return [*first, *others][: self.count]
-        room, chosen = self.most_bytes, list[int]()
-        for gate in [*first, *others]:
-            if len(chosen) < self.count and self.gate_bytes[gate] <= room:
-                chosen.append(gate)
-                room -= self.gate_bytes[gate]
-        return chosen
-
-
-def largest_pattern(
-    owned: Mapping[int, float], count: int, most_bytes: int | None, gate_bytes: Sequence[int]
-) -> list[int]:
-    """A pattern of ``count`` gates at most that own much, and whose gradients take ``most_bytes`` at most."""
-    return _Level(count, most_bytes, gate_bytes).those_that_fit((), owned)
-
-
-def _with_shares(owned: Mapping[int, int], shared: Mapping[frozenset[int], int], level: _Level) -> int:
-    """Upper bound on what the gates of a pattern own together, where blocks are shared; the lesser of two.
-
-    Everything that is owned, once. And: each gate answers for its part of a shared block only, the rest of the block is
-    there anyway; whichever owners are open, the block is then counted in full at least.
-    """
-    once = sum(owned.values()) - sum((len(owners) - 1) * size for owners, size in shared.items())
-    part: dict[int, float] = dict(owned)
-    rest = 0.0
-    for owners, size in shared.items():
-        rest += size * (1 - 1 / len(owners))
-        for gate in owners:
-            part[gate] -= size * (1 - 1 / len(owners))
-    return min(once, math.ceil(rest) + level.most_owned(part))
 
 
 def happens(event: Event, chosen: frozenset[int]) -> bool:

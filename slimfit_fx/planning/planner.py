@@ -12,22 +12,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx
 
-from slimfit_fx.codecs import Codec, ValueSpec
+from slimfit_fx.codecs import Codec
 from slimfit_fx.graph import ops
-from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward_needs, hint, nbytes
+from slimfit_fx.graph.joint import JointGraph, backward_closure, forward_needs, hint, nbytes
 from slimfit_fx.planning.borders import Blocks, find_blocks
+from slimfit_fx.planning.chances import chance_open, effective_gates
+from slimfit_fx.planning.decisions import Decision, refuse_codec, value_spec
 from slimfit_fx.planning.kinds import kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 from slimfit_fx.planning.prices import Prices, inner_size
 from slimfit_fx.planning.roofline import node_flops
 from slimfit_fx.planning.rows import ExpectedTime, Faster
 from slimfit_fx.presets import BLOCK_INPUT, PARTS
-
-MAX_GATES_PER_CONE = 4
-"""A value that serves more gates than this is hardly ever unneeded: it is kept like a static one."""
 
 _LARGEST_SCORES = 256
 """Products of two activations (attention scores) run again at any level up to this many elements per sum."""
@@ -39,18 +37,6 @@ _FEW = 0.5
 """The chance that a unit trains which reads a value, up to which the value is stored for units as well."""
 _PREFER_PARTS = 0.95
 """What a value with two parts costs against its bytes: what stands before a norm would take as many, with one part."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is done with one saved value. ``codec`` None: it crosses as it is; ``reason`` says why."""
-
-    kind: str
-    codec: Codec | None
-    reason: str
-    parts: tuple[Codec, Codec | None] | None = None
-    """Codecs, if it is stored twice: for who reads it whatever is frozen, and for units, while one of them trains.
-    ``codec`` holds if its readers do not allow that."""
 
 
 @dataclass(frozen=True)
@@ -73,42 +59,6 @@ class Planning:
     """How many repeated blocks were found; 0 where only cheap work runs again."""
     faster: Faster | None = None
     """What was left for less memory."""
-
-
-def effective_gates(serves: frozenset[int]) -> frozenset[int]:
-    """The gates that can drop a value: empty when it is static or serves too many gates."""
-    if STATIC in serves or len(serves) > MAX_GATES_PER_CONE:
-        return frozenset()
-    return serves
-
-
-def chance_open(serves: frozenset[int], freeze_rate: float) -> float:
-    """The chance that some gate in ``serves`` is open when each is closed with probability ``freeze_rate``."""
-    gates = effective_gates(serves)
-    return 1.0 - freeze_rate ** len(gates) if gates else 1.0
-
-
-def dense_order(val: torch.Tensor) -> tuple[int, ...] | None:
-    """The permutation of dimensions that makes ``val`` contiguous, or None when it has gaps or overlaps."""
-    if val.is_contiguous():
-        return tuple(range(val.dim()))
-    order = tuple(sorted(range(val.dim()), key=lambda d: -hint(val.stride()[d])))
-    return order if val.permute(order).is_contiguous() else None
-
-
-def value_spec(val: torch.Tensor) -> ValueSpec | None:
-    """The value as codecs see it (contiguous), or None when it cannot be seen so."""
-    order = dense_order(val)
-    if order is None:
-        return None
-    return ValueSpec(tuple(val.shape[d] for d in order), val.dtype, val.device)
-
-
-def _refuse_codec(codec: Codec, spec: ValueSpec, size: int) -> str | None:
-    if codec.random:
-        return "it draws random numbers, which cannot be inserted into a graph whose own are already numbered"
-    encoded = hint(codec.encoded_bytes(spec))
-    return f"it would not make the value smaller ({encoded} bytes, {size} as it is)" if encoded >= size else None
 
 
 class Planner:
@@ -294,7 +244,7 @@ class Planner:
         spec = value_spec(node.meta["val"])
         if spec is None:
             return Decision(kind, None, "its memory has gaps or overlaps")
-        refusal = codec.refuses(spec) or _refuse_codec(codec, spec, nbytes(node))
+        refusal = codec.refuses(spec) or refuse_codec(codec, spec, nbytes(node))
         if refusal:
             return Decision(kind, None, f"{codec.name}: {refusal}")
         return Decision(kind, codec, f"{kind}: {milder or codec.name}")
