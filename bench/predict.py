@@ -167,7 +167,7 @@ def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, 
     fixed = make_fixed_bytes(model, config, units, scheduler, list)()
     found = Prediction(
         fixed.parameters, fixed.buffers, fixed.optimizer_state, tensor_bytes(batch.values()),
-        trace.worst(opened, fixed.opened)[0],
+        trace.worst(opened, fixed.most_open_bytes)[0],
         fixed.update, chosen=next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
     )  # fmt: skip
     return _expected(found, trace.work, opened / max(1, len(units)))

@@ -72,8 +72,9 @@ def open_count(config: Config, scheduler: Scheduler, units: Sequence[GateUnit]) 
 
 
 def most_open_bytes(config: Config, scheduler: Scheduler, opened: int) -> int | None:
-    """What the gradients of ``opened`` units that the scheduler opens in one step take at most; None: of any."""
-    return scheduler.most_open_bytes(opened) if config.scheduler in _BY_RATE else None
+    """What gradients take at most of ``opened`` units that the scheduler opens in one step; None: of the largest."""
+    most = scheduler.most_open_bytes(opened)
+    return most if config.scheduler in _BY_RATE and most < Scheduler.most_open_bytes(scheduler, opened) else None
 
 
 def make_budget(

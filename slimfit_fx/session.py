@@ -342,7 +342,7 @@ def build_plan(
     known: dict[str, Any] = {"peak_unknown": traced}
     if not isinstance(traced, str):
         trace, names = traced
-        peak = forecast(trace, names, open_count, None if beside is None else beside.opened)
+        peak = forecast(trace, names, open_count, None if beside is None else beside.most_open_bytes)
         pattern = [k for k, name in enumerate(names) if name in peak.worst_units]
         update = None if beside is None else beside.update
         known = {"peak": peak, "timeline": read_timeline(trace, pattern, update_bytes=update)}

@@ -46,6 +46,8 @@ def test_no_step_exceeds_the_plan_and_that_of_ils_is_smaller():
         assert peak is not None and timeline is not None
         assert max(peaks) <= peak.worst_bytes and max(updates) <= timeline.update[1]
         assert any("embed.weight" in units for _, units in session.gates.history), "the heaviest step was among them"
+        said = f"worst choice of {peak.open_count} open units" + (" with at most" if name == "ils" else "")
+        assert (said in str(session.plan)) and ("MB of gradients" in str(session.plan)) == (name == "ils")
         bounds[name] = peak.worst_bytes, timeline.update[1]
     beside_it = 640 * WIDTH * 4 // 4  # at least: no five large matrices beside the embedding
     assert bounds["ils"][0] < bounds["ils_paper"][0]
@@ -69,8 +71,8 @@ def test_what_is_beside_a_step_counts_gradients_up_to_the_level():
     sizes = [200, 190]
     any_two = fixed_bytes(model, sizes, 2, optimizer_state=7, copies=[5, 100], temporaries=0)
     level = fixed_bytes(model, sizes, 2, optimizer_state=7, copies=[5, 100], temporaries=0, most_open_bytes=200)
-    assert (any_two.gradients, any_two.update, any_two.opened) == (440, 440 + 105, None)
-    assert (level.gradients, level.update, level.opened) == (250, 250 + 105, 200)
+    assert (any_two.gradients, any_two.update, any_two.most_open_bytes) == (440, 440 + 105, None)
+    assert (level.gradients, level.update, level.most_open_bytes) == (250, 250 + 105, 200)
     roomy = fixed_bytes(model, sizes, 1, optimizer_state=7, copies=[5, 100], temporaries=0, most_open_bytes=390)
     assert (roomy.gradients, roomy.update) == (250, 50 + 290), "no more than of any choice"
 
@@ -95,7 +97,7 @@ def test_saved_bytes_of_units_that_are_never_open_together_are_not_taken_for_hel
     rows = tuple(
         row(gates=(gate,), bytes_open=size, bytes_closed=0) for gate, size in (("0", 100), ("1", 90), ("2", 50))
     )
-    fixed = FixedBytes(5, 1, 4, 0, opened=80)
+    fixed = FixedBytes(5, 1, 4, 0, most_open_bytes=80)
 
     def held(gate_bytes: tuple[int, ...], beside: FixedBytes = fixed) -> int:
         return held_alone(GraphPlan(rows, (), (0, 1, 2), gate_bytes=gate_bytes), Budget(0, 2, lambda _: beside))

@@ -53,7 +53,7 @@ class FixedBytes:
     """Of the units that may be open, at most, and of all that always trains."""
     libraries: int = 0
     """What the device's libraries keep for themselves (workspaces.py)."""
-    opened: int | None = None
+    most_open_bytes: int | None = None
     """Gradients of the units that may be open, at most; None: of any choice of so many."""
 
     @property
@@ -162,14 +162,14 @@ def fixed_bytes(
         update=always + copied + temporaries,
         gradients=trained,
         libraries=max((library_bytes(device) for device in {p.device for p in parameters}), default=0),
-        opened=most_open_bytes,
+        most_open_bytes=most_open_bytes,
     )
 
 
 def judge(config: Config, trace: StepTrace, budget: Budget) -> Judged:
     """What a step takes, with all that ``budget`` must cover, by the plan that ``trace`` was compiled from."""
     fixed = budget.fixed()
-    worst, _ = trace.worst(min(budget.open_count, trace.num_gates), fixed.opened)
+    worst, _ = trace.worst(min(budget.open_count, trace.num_gates), fixed.most_open_bytes)
     earlier = fixed.gradients if budget.accumulates else 0
     return Judged(config, worst, fixed.total + max(earlier + worst, fixed.update))
 
@@ -186,7 +186,7 @@ def held_alone(plan: GraphPlan, budget: Budget) -> int:
             gate = int(row.gates[0])
             by_gate[gate] = by_gate.get(gate, 0) + row.bytes_open - row.bytes_closed
     fixed = budget.fixed()
-    pattern = Patterns(budget.open_count, fixed.opened, plan.gate_bytes).largest(by_gate)
+    pattern = Patterns(budget.open_count, fixed.most_open_bytes, plan.gate_bytes).largest(by_gate)
     held = sum(row.bytes_closed if row.gates else row.bytes_open for row in plan.rows)
     held += sum(by_gate[gate] for gate in pattern)
     return fixed.total + (fixed.gradients if budget.accumulates else 0) + int(0.9 * held)

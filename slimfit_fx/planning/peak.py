@@ -188,6 +188,8 @@ class PeakForecast:
     """The choice that the bound was met with."""
     alive: tuple[tuple[str, int, int], ...]
     """Who is alive at the peak of that choice: (what, how many, bytes in all), largest first."""
+    most_open_bytes: int | None = None
+    """What the gradients of such a choice take at most, if the scheduler sees to that."""
 
 
 def forecast(
@@ -208,6 +210,7 @@ def forecast(
         open_count=count,
         worst_units=tuple(sorted(names[g] for g in pattern)),
         alive=tuple(rows),
+        most_open_bytes=most_open_bytes,
     )
 
 

@@ -300,11 +300,12 @@ def _ms(milliseconds: float) -> str:
 
 def _peak(peak: PeakForecast) -> list[list[str]]:
     worst = fold_names(peak.worst_units)
+    level = "" if peak.most_open_bytes is None else f" with at most {_mb(peak.most_open_bytes)} MB of gradients"
     more = f" and {len(worst) - _MAX_REASON_NAMES} more" if len(worst) > _MAX_REASON_NAMES else ""
     return [
         ["all units closed", _mb(peak.closed_bytes), ""],
         [
-            f"worst choice of {peak.open_count} open units",
+            f"worst choice of {peak.open_count} open units{level}",
             _mb(peak.worst_bytes),
             ", ".join(worst[:_MAX_REASON_NAMES]) + more,
         ],
