@@ -121,8 +121,9 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
 
 
 def pass_names() -> tuple[str, ...]:
-    """Names of the passes that may be switched off."""
+    """Names of the passes that may be switched off; the first runs on dynamo's graph, before there is a joint one."""
     return (
+        "simplify_masks",
         "simplify_joint",
         "split_gradients",
         "plan_saved_values",

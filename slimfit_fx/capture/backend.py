@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp,
 from slimfit_fx.capture.under_budget import UnderBudget
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
+from slimfit_fx.passes.simplify_masks import Masks, describe_masks, read_masks, simplify_masks
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError
 from slimfit_fx.planning.dry_run import StepCode
 from slimfit_fx.planning.rows import GraphPlan
 from slimfit_fx.planning.store import load_plan, plan_key, save_plan
+from slimfit_fx.presets import LOSSLESS_PRESETS
 from slimfit_fx.runtime.gates import GateTable
 from slimfit_fx.runtime.grad_gate import gate_gradients
 
@@ -76,13 +78,14 @@ class SlimFitBackend:
                 captured.layout = None
                 sink.append(GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0))
                 return gm.forward if self.plan_only else lower_plain(gm, example_inputs, self.executor)
+            captured.masks = read_masks(gm.graph)
             config, check = self.config, _no_check
             if self.under is not None:
                 config = self._under_budget(self.under, gm, example_inputs, layout, captured)
                 check = functools.partial(self.under.check, captured)
             partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak, self.gives_up)
-            captured.key = plan_key(gm.graph, example_inputs, str(partitioner.uuid()))
-            compiled = self._lower(gm, example_inputs, partitioner, captured.codes, key=captured.key)
+            captured.key = plan_key(gm.graph, example_inputs, f"{partitioner.uuid()}:{self._simplifies_masks()}")
+            compiled = self._lower(gm, example_inputs, partitioner, captured.codes, captured.masks, key=captured.key)
             return bind_gates(compiled, layout, self._gates(), check)
         except MemoryBudgetError:
             self._forget(captured)
@@ -107,7 +110,7 @@ class SlimFitBackend:
             return bind_gates(lambda *args: gm.forward(*args[: layout.num_inputs]), layout, self._gates(), _no_check)
         finally:
             PLAN_SINK.reset(token)
-            captured.plan = captured.plan or (sink[-1] if sink else load_plan(captured.key))
+            captured.plan = self._with_note(captured, captured.plan or (sink[-1] if sink else load_plan(captured.key)))
             if sink and captured.key and not sink[-1].fallback:
                 save_plan(captured.key, sink[-1])
 
@@ -115,6 +118,17 @@ class SlimFitBackend:
         table = self._table()
         assert table is not None, "the session of this model is gone"
         return table
+
+    def _simplifies_masks(self) -> bool:
+        """Not under a preset that has the bits of torch.compile."""
+        config = self.config
+        return config.preset not in LOSSLESS_PRESETS and "simplify_masks" not in config.disabled_passes
+
+    def _with_note(self, captured: CapturedGraph, plan: GraphPlan | None) -> GraphPlan | None:
+        told = describe_masks(captured.masks, dropped=self._simplifies_masks())
+        if plan is None or told is None:
+            return plan
+        return replace(plan, note="; ".join(filter(None, (plan.note, told))))
 
     def _say_if_checkpointed(self, gm: fx.GraphModule) -> None:
         checkpointed = torch.ops.higher_order.tag_activation_checkpoint
@@ -149,12 +163,15 @@ class SlimFitBackend:
         example_inputs: Sequence[Any],
         partitioner: GatedPartitioner,
         codes: list[StepCode],
+        masks: Masks,
         *,
         dry: bool = False,
         key: str = "",
     ) -> Callable[..., Any]:
         layout = partitioner.layout
         extended = add_gate_inputs(gm, len(layout.params))
+        if self._simplifies_masks():
+            simplify_masks(extended, masks)
         inputs = [*example_inputs, *(torch.tensor(True) for _ in layout.params)]
         if self.executor != "inductor":
             compiled = lower_with_interpreter(extended, inputs, partitioner, codes)
@@ -179,7 +196,7 @@ class SlimFitBackend:
         """
 
         def write_code(partitioner: GatedPartitioner, codes: list[StepCode]) -> object:
-            return self._lower(gm, example_inputs, partitioner, codes, dry=True)
+            return self._lower(gm, example_inputs, partitioner, codes, captured.masks, dry=True)
 
         config = under.choose(captured, layout, example_inputs, write_code)
         if self.plan_only:

@@ -35,6 +35,8 @@ class CapturedGraph:
     """Its gates; None if nothing in it needs a gradient."""
     passed_on: frozenset[int] = frozenset()
     """Inputs that another graph of the step computed."""
+    masks: tuple[str | None, ...] = ()
+    """What the mask of each attention says (passes/simplify_masks.py)."""
     codes: list[StepCode] = field(default_factory=list, repr=False)
     """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None
