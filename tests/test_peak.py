@@ -227,6 +227,40 @@ def test_a_dry_run_counts_what_the_code_would_allocate():
     assert sum(e.delta_bytes for e in run.meter.events) == alive - 64 - 20, "an alias holds its block"
 
 
+_PARTIAL_SUMS = """
+import torch
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.select_algorithm import extern_kernels
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+async_compile = AsyncCompile()
+kernel = async_compile.triton('kernel', 'no Triton at all')
+async_compile.wait(globals())
+def call(args):
+    (x,) = args
+    args.clear()
+    workspace_0 = empty_strided_cpu((48, ), (1, ), torch.float32)
+    workspace_0.zero_()
+    kernel.run(x, workspace_0, 6, stream=0)
+    buf0 = workspace_0[0 * 6 * 4 : (0 + 1) * 6 * 4].view(6, 4).sum(dim=0)
+    buf1 = workspace_0[1 * (6) * (4) : (1 + 1) * (6) * (4)].view(6, 4).amax(dim=0).view([1, 4]).to(torch.bfloat16)
+    del workspace_0
+    return (buf0, buf1)
+"""
+
+
+def test_a_dry_run_follows_two_reductions_in_one_kernel():
+    run = DryRun(Meter())
+    x = run.of(TensorSpec((6, 4), (4, 1), torch.float32, torch.device("cpu")), None)
+    results = load_wrapper(_PARTIAL_SUMS, run)([x])
+    assert [e.delta_bytes for e in run.meter.events] == [192, 16, 16, 8, -16, -192], "a copy of another dtype is a copy"
+    assert [(r.shape, r.strides, r.dtype) for r in results] == [
+        ((4,), (1,), torch.float32),
+        ((1, 4), (4, 1), torch.bfloat16),
+    ]
+    whole = run.empty((48,), (1,), torch.float32, "cpu")
+    assert whole[24:48].spec.shape == (24,) and whole[24:48].block is whole.block
+
+
 def test_storage_is_what_lies_between_the_first_and_the_last_element():
     assert storage_bytes((2, 3), (3, 1), 4) == 24
     assert storage_bytes((2, 3), (8, 1), 4) == 44

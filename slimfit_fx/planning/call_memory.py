@@ -90,8 +90,12 @@ def measure_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def device_of(leaves: Iterable[Any]) -> torch.device:
-    """The device of the first tensor among ``leaves``, described or real; the CPU if there is none."""
-    return next((x.device for x in leaves if isinstance(x, TensorSpec | Tensor)), torch.device("cpu"))
+    """The device of the first tensor among ``leaves``, described or real, that is more than a number; else the CPU.
+
+    A number may lie on the CPU beside a GPU's tensors.
+    """
+    tensors = [x for x in leaves if isinstance(x, TensorSpec | Tensor)]
+    return next((x.device for x in (*(x for x in tensors if x.shape), *tensors)), torch.device("cpu"))
 
 
 @contextlib.contextmanager

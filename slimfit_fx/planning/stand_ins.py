@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from slimfit_fx.planning.blocks import Block, Meter, TensorSpec, storage_bytes
+from slimfit_fx.planning.blocks import Block, Meter, TensorSpec, contiguous_strides, storage_bytes
 from slimfit_fx.planning.call_memory import CallMemory, Result
 from slimfit_fx.planning.roofline import operator_flops
 from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
@@ -54,6 +54,44 @@ class StandIn:
     def stride(self) -> tuple[int, ...]:
         """As of a tensor."""
         return self.strides
+
+    # What Inductor does with the partial sums of two reductions in one kernel of a GPU, in a buffer of one dimension:
+    # ws[0:n].view(rows, columns).sum(dim=0).view([columns]).to(torch.bfloat16)
+    def __getitem__(self, part: slice) -> StandIn:
+        """A stretch of a buffer."""
+        return self.like((len(range(*part.indices(self.shape[0]))),), self.strides)
+
+    def view(self, *shape: Any) -> StandIn:
+        """As of a contiguous tensor."""
+        wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        return self.like(wanted, contiguous_strides(wanted))
+
+    def sum(self, dim: int) -> Any:
+        """Along one dimension, as the three below."""
+        return self._reduced(torch.ops.aten.sum.dim_IntList, [dim])
+
+    def amax(self, dim: int) -> Any:
+        """As of a tensor."""
+        return self._reduced(torch.ops.aten.amax.default, [dim])
+
+    def amin(self, dim: int) -> Any:
+        """As of a tensor."""
+        return self._reduced(torch.ops.aten.amin.default, [dim])
+
+    def prod(self, dim: int) -> Any:
+        """As of a tensor."""
+        return self._reduced(torch.ops.aten.prod.dim_int, dim)
+
+    def _reduced(self, operator: Any, dim: Any) -> Any:
+        return self.run.call_operator(operator, (self, dim), {})
+
+    def to(self, dtype: torch.dtype) -> Any:
+        """A copy of another dtype."""
+        return self.run.call_operator(torch.ops.aten._to_copy.default, (self,), {"dtype": dtype})
+
+    def zero_(self) -> StandIn:
+        """Writes where it is."""
+        return self
 
     @property
     def spec(self) -> TensorSpec:

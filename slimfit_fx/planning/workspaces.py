@@ -77,8 +77,14 @@ def workspace_bytes(name: str, func: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def _runs_here(name: str, leaves: Sequence[Any]) -> bool:
-    devices = [x.device if isinstance(x, TensorSpec) else x for x in leaves if isinstance(x, TensorSpec | torch.device)]
-    kinds = {device.type for device in devices}
+    """Whether the call can be measured here: on a CPU, or on a GPU that is there.
+
+    Single numbers may lie on the CPU beside a GPU's tensors, as seed and offset of attention's dropout do.
+    """
+    specs = [x for x in leaves if isinstance(x, TensorSpec)]
+    kinds = {x.type for x in leaves if isinstance(x, torch.device)} | {x.device.type for x in specs}
+    if "cuda" in kinds:
+        kinds -= {"cpu"} if all(not x.shape for x in specs if x.device.type == "cpu") else set()
     there = kinds <= {"cpu"} or (kinds == {"cuda"} and torch.cuda.is_available())
     return name.split("::")[0] in _NAMESPACES and there
 
