@@ -1,10 +1,11 @@
-"""One cell of the tables: one of the paper's settings, trained by one rival. Measured, or predicted; never both.
+"""One cell of the tables: one of the paper's settings, trained by one rival. Measured, emulated or predicted.
 
 Figures are everything that training holds on the device: parameters, buffers, optimizer state, the batch, and on top
 the larger of the step's peak (activations, gradients, workspaces) and the optimizer's.
 
 - Measured on a GPU: the caching allocator's peak over the steps after the first; samples per second from the median
   step. On a CPU: allocator events of each step (bench/measure.py); step times only if asked for.
+- Emulated: the same on a GPU whose kernels do nothing (bench/emulated_gpu); no times.
 - Predicted: bench/predict.py.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import report
+from bench import emulated_gpu, report
 from bench.measure import step_peak
 from bench.models import Case, parameter_bytes, state_bytes
 from bench.predict import predict, tensor_bytes
@@ -30,7 +31,7 @@ from bench.tasks import Task
 from bench.time import noted_compiles, time_step
 from slimfit_fx.planning.workspaces import library_bytes
 
-HOW = ("measured", "predicted")
+HOW = ("measured", "emulated", "predicted")
 _TIMED_STEPS = 5
 _PLAIN_STEPS = 3
 
@@ -131,9 +132,14 @@ def fill(cell: Cell) -> Figures:
 
     Raises:
         ValueError: it cannot be planned, or nothing fits its budget.
+        RuntimeError: what is emulated would be called measured, or the other way round.
     """
     name = _with_share(cell)
-    if cell.how == "measured":
+    if cell.how != "predicted":
+        on_gpu = torch.device(cell.device).type == "cuda"
+        if (cell.how == "emulated") != (on_gpu and emulated_gpu.is_active()):
+            raise RuntimeError(f"{cell.how} figures were asked for {'on' if emulated_gpu.is_active() else 'without'} "
+                               "the emulated GPU (python -m bench.emulated_gpu)")  # fmt: skip
         return _measure(make_trainee(name, cell.case, cell.settings), cell)
     found = predict(name, cell.case, cell.settings)
     return Figures(
@@ -223,10 +229,11 @@ def _on_gpu(trainee: Trainee, steps: int) -> Figures:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step_ms = _step_ms(trainee, steps)
+    emulated = emulated_gpu.is_active()
     return Figures(
-        "measured", trainee.case.batch, torch.cuda.max_memory_allocated(device), parameter_bytes(trainee.model),
-        state_bytes(trainee.optimizer.state), tensor_bytes(trainee.batch.values()),
-        reserved_bytes=torch.cuda.max_memory_reserved(device), step_ms=step_ms,
+        "emulated" if emulated else "measured", trainee.case.batch, torch.cuda.max_memory_allocated(device),
+        parameter_bytes(trainee.model), state_bytes(trainee.optimizer.state), tensor_bytes(trainee.batch.values()),
+        reserved_bytes=torch.cuda.max_memory_reserved(device), step_ms=None if emulated else step_ms,
     )  # fmt: skip
 
 

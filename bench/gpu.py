@@ -10,6 +10,9 @@ In this order, so that a short loan of a machine tells most:
 6. ``trainer``: the Hugging Face Trainer with and without us;
 7. ``peak``: predicted against measured peaks.
 
+On the emulated GPU (``python -m bench.emulated_gpu -m bench gpu --only headline table peak``) the groups that tell of
+memory alone can be had without a GPU.
+
 Memory does not depend on who else uses the GPU: ``--jobs 8`` finds it out for eight pieces side by side, and leaves
 step times for a later call without ``--jobs``. Each piece has a process of its own and is stored at once
 (``bench/results/*-cuda.json``), so a call that is cut short loses one piece at most. Without ``--minutes`` it runs to
@@ -24,10 +27,8 @@ import sys
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-import torch
-
 from bench import front, headline, peak, report, trainer
-from bench.paper_table import DTYPES, RIVALS, cells, store_of
+from bench.paper_table import DTYPES, RIVALS, cells, kind_of, on_gpu, store_of
 from bench.settings import TASKS
 from bench.tasks import Store, Task, has_device, lacks_times, print_progress, run_tasks
 
@@ -62,7 +63,7 @@ def profile_tasks(device: str) -> list[Task]:
 
 def table_tasks(device: str) -> list[Task]:
     """The twelve settings."""
-    chosen = cells(device, ["measured"], DTYPES["cuda"], TASKS, RIVALS, 0)
+    chosen = cells(device, [on_gpu()], DTYPES["cuda"], TASKS, RIVALS, 0)
     return [cell.as_task(LIMIT_S) for cell in chosen]
 
 
@@ -113,7 +114,7 @@ GROUPS: dict[str, Callable[[str], list[Task]]] = {
 
 def stores(device: str) -> dict[str, Store]:
     """Where each group's results go; the front's cells lie with the table's."""
-    kind = torch.device(device).type
+    kind = kind_of(device)
     own = {
         name: Store(report.RESULTS / f"gpu-{name}-{kind}.json")
         for name in ("headline", "profile", "compile", "trainer", "peak")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench import emulated_gpu
+
 MODELS = ("bert", "vit", "gpt2", "llama")
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +92,8 @@ def make_case(model: str, **settings: Any) -> Case:
 
 def build_model(case: Case, *, seed: int = 0) -> nn.Module:
     """Return the model of ``case`` in training mode on its device, weights drawn with ``seed``."""
+    if emulated_gpu.is_active():
+        emulated_gpu.prepare()
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     build = {"bert": _build_bert, "vit": _build_vit, "gpt2": _build_gpt2, "llama": _build_llama}[case.model]

@@ -4,6 +4,7 @@ Memory in all on the device, step time, samples per second and recompiles (bench
 GPU everything is measured at the settings' own batches. On a CPU the batch is cut to ``--tokens`` for what is measured,
 and the full batch is predicted; the tables say which, and never mix the two. Each cell has a process of its own and is
 stored as soon as it is done, in ``bench/results/twelve-*.json``: a run that was stopped goes on when started again.
+``python -m bench.emulated_gpu -m bench memory`` finds out what all of it takes on a GPU, without one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from bench import report
+from bench import emulated_gpu, report
 from bench.cells import HOW, Cell, Figures, figures_of, scaled
 from bench.rivals import ACTIVATION_BUDGETS, preset_of
 from bench.settings import TASKS
@@ -229,19 +230,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop in time; run again to go on")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one cell may take")
     parser.add_argument("--again", action="store_true", help="also what is stored already")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side: for memory alone, not for times")
     parser.add_argument("--validate", action="store_true", help="predict what is measured on a CPU, and compare")
     parser.add_argument("--list", action="store_true", help="print the cells and run nothing")
     options = parser.parse_args(arguments)
     report.check_rivals(options.rivals, parser)
     kind = torch.device(options.device).type
-    options.how = options.how or (["measured"] if kind == "cuda" else list(HOW))
+    options.how = options.how or ([on_gpu()] if kind == "cuda" else ["measured", "predicted"])
     options.dtypes = options.dtypes or list(DTYPES[kind])
     return options
 
 
+def on_gpu() -> str:
+    """Return how figures of a GPU are found out here."""
+    return "emulated" if emulated_gpu.is_active() else "measured"
+
+
+def kind_of(device: str) -> str:
+    """Return the name that files of results have for this device: cpu, cuda or emulated."""
+    kind = torch.device(device).type
+    return "emulated" if kind == "cuda" and emulated_gpu.is_active() else kind
+
+
 def store_of(device: str) -> Store:
     """Return the stored cells of this kind of device."""
-    return Store(report.RESULTS / f"twelve-{torch.device(device).type}.json")
+    return Store(report.RESULTS / f"twelve-{kind_of(device)}.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     progress = run_tasks(
         [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
-        again=options.again, say=lambda text: print(text, file=sys.stderr, flush=True),
+        again=options.again, jobs=options.jobs, say=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     if compared:
         print(f"\npredicted above measured, total on the device\n{error_table(store.rows, compared)}")

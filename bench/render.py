@@ -128,9 +128,16 @@ def _against(peaks: Mapping[str, int], name: str) -> list[str]:
 
 
 def twelve_block(folder: Path) -> str:
-    """Return the means over the paper's settings: measured on a GPU if every cell it needs is there, else predicted."""
-    for how, dtype, device in (("measured", "tf32", "cuda"), ("predicted", "fp32", "cpu")):
-        rows = rows_of(folder, f"twelve-{device}")
+    """Return the means over the paper's settings.
+
+    Measured on a GPU if every cell that it needs is there, else on an emulated one, else predicted.
+    """
+    for how, dtype, device in (
+        ("measured", "tf32", "cuda"),
+        ("emulated", "tf32", "cuda"),
+        ("predicted", "fp32", "cpu"),
+    ):
+        rows = rows_of(folder, _file_of(how, device))
         found = [line for line in lines(rows, table_cells(how, dtype, device)) if line.mean_bytes is not None]
         if any(line.rival == "balanced" and None not in line.ratios[:2] for line in found):
             return f"{_source(how, dtype, device)}\n\n{mean_table(found, 'github')}"
@@ -159,7 +166,16 @@ def table_cells(how: str, dtype: str, device: str) -> list[Cell]:
     return cells(device, [how], [dtype], SETTINGS, TABLE_RIVALS, _CPU_TOKENS)
 
 
+def _file_of(how: str, device: str) -> str:
+    return "twelve-emulated" if how == "emulated" else f"twelve-{device}"
+
+
 def _source(how: str, dtype: str, device: str) -> str:
+    if how == "emulated":
+        return (
+            f"**Emulated**, {dtype}, full batches: PyTorch's CUDA allocator and operators, and Inductor's code for an\n"
+            "H200, with kernels that do nothing (`python -m bench.emulated_gpu`). No times."
+        )
     if how == "predicted":
         return (
             f"**Predicted**, {dtype}, full batches, kernels of the CPU: dry runs of the code that Inductor writes,\n"
@@ -207,8 +223,8 @@ takes above them."""
 def _twelve_section(folder: Path) -> str:
     parts = ["## The paper's twelve settings"]
     for device in ("cuda", "cpu"):
-        rows = rows_of(folder, f"twelve-{device}")
         for how in HOW:
+            rows = rows_of(folder, _file_of(how, device))
             for dtype in DTYPES[device]:
                 table = table_cells(how, dtype, device)
                 if any(cell.key in rows for cell in table):
@@ -249,10 +265,16 @@ def _errors_section(folder: Path) -> str:
 
 
 def _headline_section(folder: Path) -> str:
-    rows = rows_of(folder, "gpu-headline-cuda")
-    if not rows:
-        return ""
-    parts = ["## Under a hard cap", "50 steps at batch 128; the caching allocator may take no more than the cap."]
+    parts = []
+    for file, said in (("gpu-headline-cuda", "**Measured** on a GPU."), ("gpu-headline-emulated", "**Emulated.**")):
+        rows = rows_of(folder, file)
+        parts += [said, *_caps(rows)] if rows else []
+    told = "50 steps at batch 128; the caching allocator may take no more than the cap."
+    return "\n\n".join(["## Under a hard cap", told, *parts]) if parts else ""
+
+
+def _caps(rows: Rows) -> list[str]:
+    parts = []
     for dtype in (dtype for dtype in DTYPES["cuda"] if any(f", {dtype}, " in key for key in rows)):
         body = [
             [f"{task}, {rival}", *(_outcome(rows.get(f"{task}, {dtype}, {cap} GB, {rival}")) for cap in CAPS_GB)]
@@ -262,7 +284,7 @@ def _headline_section(folder: Path) -> str:
         ]
         heads = [dtype, *(f"{cap} GB" for cap in CAPS_GB)]
         parts.append(str(tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)))
-    return "\n\n".join([*parts, *machines(rows.values())])
+    return [*parts, *machines(rows.values())]
 
 
 def _trainer_section(folder: Path) -> str:

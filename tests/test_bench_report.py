@@ -124,7 +124,7 @@ def test_below_step_peaks_stands_how_they_were_measured(folder):
     assert note().startswith("Worst of 1 steps. Measured")
 
 
-def test_readme_takes_predictions_until_everything_is_measured(folder):
+def test_readme_takes_what_comes_nearest_to_a_measurement(folder):
     totals = {"eager-attention": 10**10, "eager": 5 * 10**9, "balanced": 2 * 10**9}
     assert "Not every setting" in render.twelve_block(folder)
     write(folder, "twelve-cpu", *all_twelve(totals, how="predicted", dtype="fp32", device="cpu"))
@@ -132,6 +132,12 @@ def test_readme_takes_predictions_until_everything_is_measured(folder):
     assert "**Predicted**" in predicted and "slimfit_fx balanced" in predicted
     (line,) = (line for line in predicted.splitlines() if "balanced" in line)
     assert [cell.strip() for cell in line.split("|")[2:5]] == ["2.00", "5.00", "2.50"]
+    emulated = all_twelve(totals, how="emulated", dtype="tf32", device="cuda")
+    write(folder, "twelve-emulated", *emulated[:-1])
+    assert render.twelve_block(folder) == predicted, "one setting of balanced is missing"
+    write(folder, "twelve-emulated", *emulated)
+    predicted = render.twelve_block(folder)
+    assert "**Emulated**" in predicted and "**Measured**" not in predicted
     measured = all_twelve(totals, how="measured", dtype="tf32", device="cuda", step_ms=4.0)
     write(folder, "twelve-cuda", *measured[:-1])
     assert render.twelve_block(folder) == predicted, "one setting of balanced is missing"
@@ -146,6 +152,9 @@ def test_measured_and_predicted_have_tables_of_their_own(folder):
     ]
     write(folder, "twelve-cpu", *both)
     page = render.page(folder)
+    write(folder, "twelve-emulated", *all_twelve({"eager": 9 * 10**9}, how="emulated", dtype="bf16", device="cuda"))
+    emulated = render.page(folder).split("**Emulated**, bf16")[1].split("**Measured**")[0]
+    assert "9.00" in emulated and "3.00" not in emulated and "7.00" not in emulated
     measured, predicted = page.split("**Measured** on a CPU")[1].split("**Predicted**")
     assert "3.00" in measured and "7.00" not in measured
     assert "7.00" in predicted.split("## ")[0] and "3.00" not in predicted.split("## ")[0].split("Parameters")[0]

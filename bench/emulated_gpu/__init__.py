@@ -1,0 +1,33 @@
+"""A GPU whose kernels do nothing: how much memory a CUDA step takes, on a machine without a GPU.
+
+``python -m bench.emulated_gpu COMMAND...`` runs ``python COMMAND...`` with a CUDA runtime, a driver and a cuBLAS of its
+own in front of the real ones. It needs a CUDA build of torch, and a C++ compiler. What is real: PyTorch's caching
+allocator and every decision that PyTorch, Inductor and Triton take for an H200 (which attention kernel, which fusions,
+which workspaces); kernels are compiled, too. What is not: nothing is computed, device memory is address space that
+nobody touches, every clock reads one millisecond. So what such a run says of memory holds for a GPU, as far as it does
+not depend on values or on measured times; times, losses and gradients mean nothing.
+
+cuDNN is not emulated: convolutions, and attention in half precision, take other kernels, whose temporaries may differ.
+What is read back from the device is zeros, and "true" where it is one byte: masks hide nothing, numbers are finite.
+Figures that were found out this way are called *emulated* and stand in tables of their own. Those of eager training
+equal the measured ones of an H200 to the byte (docs/results.md has both).
+"""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "SLIMFIT_FX_EMULATED_GPU"
+
+
+def is_active() -> bool:
+    """Whether this process runs on the emulated GPU."""
+    return os.environ.get(VARIABLE) == "1"
+
+
+def prepare() -> None:
+    """Switch off what is not emulated. To be called before the first operator runs."""
+    import torch
+
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
