@@ -40,7 +40,7 @@ def _expected(actions: list[int]) -> tuple[int, list[int]]:
     return peak, alive
 
 
-@settings(max_examples=examples(40), deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(_ACTIONS)
 def test_peak_equals_arithmetic(actions: list[int]) -> None:
     peak, alive = _expected(actions)

@@ -41,6 +41,7 @@ def test_an_eager_step_takes_what_was_predicted(name):
 
 
 @pytest.mark.inductor
+@pytest.mark.thorough
 def test_no_step_of_ours_takes_more_than_was_predicted():
     """Of the worst choice of open units; under a budget, with what fits into it."""
     found = predict("balanced", BERT, Settings(freeze_rate=0.5))

@@ -89,9 +89,8 @@ def test_it_is_at_least_what_is_saved(spec: Spec):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(
-    ("scores", "levels"), [(True, RECOMPUTE[1:]), pytest.param(False, RECOMPUTE, marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize(("scores", "levels"), [(True, RECOMPUTE[1:]), (False, RECOMPUTE)])
+@pytest.mark.thorough
 def test_levels_are_in_the_order_of_what_inductor_takes(scores, levels):
     """Where two differ much. With attention scores in memory whole blocks bring back more than they save."""
     ids = torch.arange(16 * 128).reshape(16, 128) % 31

@@ -193,6 +193,7 @@ class Digits(lightning.LightningModule):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_digits_to_an_accuracy_in_half_of_the_memory(tmp_path):
     pixels, labels = digits.arrays()
     data = TensorDataset(pixels[: digits.TRAIN], labels[: digits.TRAIN])

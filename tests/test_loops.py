@@ -376,6 +376,7 @@ def digits_in_half_of_the_memory(*, prepare: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerate_to_an_accuracy_in_half_of_the_memory():
     digits_in_half_of_the_memory(prepare=True)
 

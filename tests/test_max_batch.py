@@ -81,6 +81,12 @@ def test_the_largest_batch_fits_and_the_next_does_not():
         slimfit_fx.plan(Small(), *small_batch(found.batch + 1, 16), memory_budget=3_000_000, **settings)
     assert error.value.smallest_bytes == found.next_peak_bytes
 
+
+@pytest.mark.inductor
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cheap_only")
+def test_where_not_even_one_fits_the_error_says_what_one_takes():
+    settings = {"preset": "exact", "freeze_rate": 0.6}
     with pytest.raises(slimfit_fx.MemoryBudgetError, match="not even a batch of 1 fits into 0.5 MiB") as error:
         slimfit_fx.max_batch(Small(), small_batch(3, 16), 500_000, **settings)
     smallest = error.value.smallest_bytes

@@ -381,6 +381,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.inductor
+@pytest.mark.thorough
 def test_results_of_blocks_are_as_dense_as_their_callers_take_them_to_be():
     x = torch.randn(2, 515, 256, generator=torch.Generator().manual_seed(0))
     with torch._inductor.config.patch(disable_padding_cpu=False):

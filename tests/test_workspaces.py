@@ -10,7 +10,7 @@ import torch
 
 from slimfit_fx.planning import workspaces
 from slimfit_fx.planning.blocks import Meter, TensorSpec, contiguous_strides
-from slimfit_fx.planning.call_memory import measure_call
+from slimfit_fx.planning.call_memory import device_of, measure_call
 from slimfit_fx.planning.stand_ins import DryRun
 from slimfit_fx.planning.workspaces import call_memory, workspace_bytes
 
@@ -123,3 +123,33 @@ def test_what_zeros_cannot_run_is_taken_to_need_nothing():
         raise RuntimeError("singular")
 
     assert call_memory("aten::inverse_of_zeros", fails, (spec(3, 3),), {}) is None
+
+
+# ---- what is on a GPU
+
+
+def on(device: str, *shape: int) -> TensorSpec:
+    return TensorSpec(shape, contiguous_strides(shape), FP32, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    "given, here",
+    [
+        ([on("cuda:0", 4, 4), on("cuda:0")], True),
+        ([on("cuda:0", 4, 4), on("cpu"), on("cpu")], True),  # seed and offset of a dropout
+        ([on("cuda:0", 4, 4), on("cpu", 4)], False),
+        ([on("cpu", 4), on("cpu")], True),
+        ([on("meta", 4), on("cpu")], False),
+    ],
+)
+def test_a_call_runs_where_its_tensors_are_numbers_aside(monkeypatch, given, here):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert workspaces._runs_here("aten::mm", given) is here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert workspaces._runs_here("aten::mm", given) is (here and given[0].device.type == "cpu")
+
+
+def test_the_device_of_a_call_is_that_of_more_than_numbers():
+    assert device_of([on("cpu"), on("cuda:0", 4)]) == torch.device("cuda:0")
+    assert device_of([on("cuda:0"), 3.0]) == torch.device("cuda:0")
+    assert device_of([1]) == device_of([]) == torch.device("cpu")
