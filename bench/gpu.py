@@ -28,7 +28,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from bench import front, headline, peak, report, trainer
-from bench.paper_table import DTYPES, RIVALS, cells, kind_of, on_gpu, store_of
+from bench.emulated_gpu import how_on_gpu, kind_of
+from bench.paper_table import DTYPES, RIVALS, cells, store_of
 from bench.settings import TASKS
 from bench.tasks import Store, Task, has_device, lacks_times, print_progress, run_tasks
 
@@ -63,7 +64,7 @@ def profile_tasks(device: str) -> list[Task]:
 
 def table_tasks(device: str) -> list[Task]:
     """The twelve settings."""
-    chosen = cells(device, [on_gpu()], DTYPES["cuda"], TASKS, RIVALS, 0)
+    chosen = cells(device, [how_on_gpu()], DTYPES["cuda"], TASKS, RIVALS, 0)
     return [cell.as_task(LIMIT_S) for cell in chosen]
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from bench import emulated_gpu, report
+from bench import report
 from bench.cells import HOW, Cell, Figures, figures_of, scaled
+from bench.emulated_gpu import how_on_gpu, kind_of
 from bench.rivals import ACTIVATION_BUDGETS, preset_of
 from bench.settings import TASKS
 from bench.tasks import Store, print_progress, run_tasks
@@ -236,20 +237,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     report.check_rivals(options.rivals, parser)
     kind = torch.device(options.device).type
-    options.how = options.how or ([on_gpu()] if kind == "cuda" else ["measured", "predicted"])
+    options.how = options.how or ([how_on_gpu()] if kind == "cuda" else ["measured", "predicted"])
     options.dtypes = options.dtypes or list(DTYPES[kind])
     return options
-
-
-def on_gpu() -> str:
-    """Return how figures of a GPU are found out here."""
-    return "emulated" if emulated_gpu.is_active() else "measured"
-
-
-def kind_of(device: str) -> str:
-    """Return the name that files of results have for this device: cpu, cuda or emulated."""
-    kind = torch.device(device).type
-    return "emulated" if kind == "cuda" and emulated_gpu.is_active() else kind
 
 
 def store_of(device: str) -> Store:

@@ -45,6 +45,8 @@ def prediction_section(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("peak-*.json")):
         document = json.loads(path.read_text())
+        if path.stem == "peak-emulated":
+            parts.append("On an **emulated** GPU (`python -m bench.emulated_gpu -m bench.peak --device cuda`):")
         rows = []
         for result in document["results"]:
             off = [step["predicted"] / step["measured"] - 1 for step in result.get("steps", ())]

@@ -87,7 +87,7 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_reason(tmp_path):
 def test_emulated_figures_are_never_called_measured(active):
     with pytest.raises(RuntimeError, match="measured figures were asked for on the emulated GPU"):
         cells.fill(Cell("CoLA", "eager", "tf32", "cuda", "measured"))
-    assert (paper_table.on_gpu(), paper_table.kind_of("cuda"), paper_table.kind_of("cpu")) == (
+    assert (emulated_gpu.how_on_gpu(), emulated_gpu.kind_of("cuda:0"), emulated_gpu.kind_of("cpu")) == (
         "emulated", "emulated", "cpu",
     )  # fmt: skip
     assert paper_table.parse(["--device", "cuda"]).how == ["emulated"]
@@ -96,7 +96,7 @@ def test_emulated_figures_are_never_called_measured(active):
 def test_nor_are_measured_ones_called_emulated():
     with pytest.raises(RuntimeError, match="emulated figures were asked for without the emulated GPU"):
         cells.fill(Cell("CoLA", "eager", "tf32", "cuda", "emulated"))
-    assert (paper_table.on_gpu(), paper_table.kind_of("cuda")) == ("measured", "cuda")
+    assert (emulated_gpu.how_on_gpu(), emulated_gpu.kind_of("cuda")) == ("measured", "cuda")
     assert paper_table.store_of("cuda").path.name == "twelve-cuda.json"
     assert paper_table.parse(["--device", "cpu"]).how == ["measured", "predicted"]
 

@@ -25,6 +25,17 @@ def is_active() -> bool:
     return os.environ.get(VARIABLE) == "1"
 
 
+def how_on_gpu() -> str:
+    """Return how figures of a GPU are found out here: measured or emulated."""
+    return "emulated" if is_active() else "measured"
+
+
+def kind_of(device: str) -> str:
+    """Return the name that files of results have for this device: cpu, cuda or emulated."""
+    kind = device.partition(":")[0]
+    return "emulated" if kind == "cuda" and is_active() else kind
+
+
 def prepare() -> None:
     """Switch off what is not emulated. To be called before the first operator runs."""
     import torch
