@@ -17,6 +17,7 @@ random numbers, on a symbolic size, or is written to, stays as it is.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
+
+log = logging.getLogger("slimfit_fx.passes")
 
 MOST_ELEMENTS = 2**28
 """Of a mask that is looked at: it is computed as bytes, at most a few times over."""
@@ -148,7 +151,11 @@ def _say(mask: fx.Node) -> str | None:
         return None
     if not all(isinstance(size, int) for size in found.shape) or found.numel() > MOST_ELEMENTS:
         return None
-    allowed = _allowed(_computed(makers))
+    try:
+        allowed = _allowed(_computed(makers))
+    except Exception:  # an operator that a CPU lacks for these dtypes, say: the mask stays
+        log.debug("%s could not be computed", mask.name, exc_info=True)
+        return None
     if allowed is None:
         return None
     if bool(allowed.all()):
@@ -217,8 +224,9 @@ _WRITING = {
 
 
 def _computed(makers: Sequence[fx.Node]) -> Tensor:
-    """The value of the last of ``makers``, on the CPU."""
+    """The value of the last of ``makers``, on the CPU; others are let go of behind their last reader."""
     values: dict[fx.Node, Any] = {}
+    last_reader = {read: maker for maker in makers for read in maker.all_input_nodes}
 
     def on_cpu(value: Any) -> Any:
         return torch.device("cpu") if isinstance(value, torch.device | str) else value  # the only texts are devices
@@ -231,6 +239,9 @@ def _computed(makers: Sequence[fx.Node]) -> Tensor:
                 values[maker] = getattr(args[0], str(maker.target))(*args[1:], **kwargs)
             else:
                 values[maker] = maker.target(*args, **kwargs)  # type: ignore[operator]
+            del args, kwargs
+            for read in (read for read in maker.all_input_nodes if last_reader[read] is maker):
+                del values[read]
     result = values[makers[-1]]
     assert isinstance(result, Tensor)
     return result

@@ -146,6 +146,14 @@ def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch):
     assert read_masks(captured(attend(SAYS["lower triangle"][0]), *qkv()).graph) == (None,)
 
 
+def test_a_mask_that_cannot_be_computed_stays(monkeypatch):
+    def fail(makers: Any) -> Tensor:
+        raise NotImplementedError("'tril' not implemented for this dtype")
+
+    monkeypatch.setattr(masks, "_computed", fail)
+    assert read_masks(captured(attend(SAYS["lower triangle"][0]), *qkv()).graph) == (None,)
+
+
 def test_a_mask_is_computed_once_and_stays_for_its_other_readers(monkeypatch):
     computed, original = [], masks._computed
     monkeypatch.setattr(masks, "_computed", lambda makers: computed.append(makers) or original(makers))
