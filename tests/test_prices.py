@@ -99,8 +99,7 @@ def test_what_cannot_be_measured_is_planned_by_the_reference(asked, monkeypatch,
 
 
 def test_rates_can_be_measured_in_the_middle_of_a_trace(monkeypatch):
-    monkeypatch.setattr(roofline, "_STREAM_BYTES", 1 << 16)
-    monkeypatch.setattr(roofline, "_MATRIX", 32)
+    monkeypatch.setattr(roofline, "_SIZES", {"cpu": (32, 1 << 16)})
     with FakeTensorMode(), torch.enable_grad():
         found = roofline.measure(torch.device("cpu"))
     assert 0 < found.bytes_per_s < 1e15 and all(0 < rate < 1e18 for rate in found.flops_per_s.values())

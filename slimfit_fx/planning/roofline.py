@@ -22,7 +22,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import hint
 
-_MATRIX, _STREAM_BYTES, _ROUNDS = 1024, 1 << 26, 5
+_ROUNDS = 5
+_SIZES = {"cpu": (1024, 1 << 26), "cuda": (4096, 1 << 27)}
+"""Rows of the matrices, and bytes that are copied: on a GPU so many that starting a kernel takes little beside it."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,16 @@ def measure(device: torch.device) -> Roofline:
 
     Also in the middle of a trace: no mode and no autograd is at work.
     """
-    flops = {}
+    flops, (rows, stream_bytes) = {}, _SIZES[device.type]
     with _disable_current_modes(), torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
-            a = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+            a = torch.ones(rows, rows, device=device, dtype=dtype)
             out = torch.empty_like(a)
             seconds = _best(lambda a=a, out=out: torch.mm(a, a, out=out), device)  # type: ignore[misc]
-            flops[str(dtype).removeprefix("torch.")] = 2.0 * _MATRIX**3 / seconds
-        source = torch.zeros(_STREAM_BYTES // 4, device=device)
+            flops[str(dtype).removeprefix("torch.")] = 2.0 * rows**3 / seconds
+        source = torch.zeros(stream_bytes // 4, device=device)
         target = torch.empty_like(source)
-        return Roofline(flops, 2.0 * _STREAM_BYTES / _best(lambda: target.copy_(source), device))
+        return Roofline(flops, 2.0 * stream_bytes / _best(lambda: target.copy_(source), device))
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
