@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import front, lossless, paper_table, render, report, sections
+from bench import front, lossless, paper_table, render, report, sections, twelve
 from bench.cells import Cell
 from bench.front import Point
 from bench.settings import TASKS
@@ -21,7 +21,7 @@ _PEAKS = "memory-bert-{}layers-batch16-len128-fp32-cpu.json"
 def stored(rival: str, task: str, total: int, *, how: str, dtype: str, device: str, **more: Any) -> dict[str, Any]:
     cell = Cell(task, rival, dtype, device, how)
     if how == "measured" and device == "cpu":
-        cell = paper_table.scaled(cell, render._CPU_TOKENS)
+        cell = paper_table.scaled(cell, twelve.CPU_TOKENS)
     figures = {"how": how, "batch": 8, "total_bytes": total, "parameter_bytes": 10**8, "optimizer_bytes": 2 * 10**8,
                "batch_bytes": 0, **more}  # fmt: skip
     return {cell.key: {"figures": figures, "machine": _MACHINE, "commit": "c" * 40, "date": "d"}}
@@ -126,23 +126,23 @@ def test_below_step_peaks_stands_how_they_were_measured(folder):
 
 def test_readme_takes_what_comes_nearest_to_a_measurement(folder):
     totals = {"eager-attention": 10**10, "eager": 5 * 10**9, "balanced": 2 * 10**9}
-    assert "Not every setting" in render.twelve_block(folder)
+    assert "Not every setting" in twelve.twelve_block(folder)
     write(folder, "twelve-cpu", *all_twelve(totals, how="predicted", dtype="fp32", device="cpu"))
-    predicted = render.twelve_block(folder)
+    predicted = twelve.twelve_block(folder)
     assert "**Predicted**" in predicted and "slimfit_fx balanced" in predicted
     (line,) = (line for line in predicted.splitlines() if "balanced" in line)
     assert [cell.strip() for cell in line.split("|")[2:5]] == ["2.00", "5.00", "2.50"]
     emulated = all_twelve(totals, how="emulated", dtype="tf32", device="cuda")
     write(folder, "twelve-emulated", *emulated[:-1])
-    assert render.twelve_block(folder) == predicted, "one setting of balanced is missing"
+    assert twelve.twelve_block(folder) == predicted, "one setting of balanced is missing"
     write(folder, "twelve-emulated", *emulated)
-    predicted = render.twelve_block(folder)
+    predicted = twelve.twelve_block(folder)
     assert "**Emulated**" in predicted and "**Measured**" not in predicted
     measured = all_twelve(totals, how="measured", dtype="tf32", device="cuda", step_ms=4.0)
     write(folder, "twelve-cuda", *measured[:-1])
-    assert render.twelve_block(folder) == predicted, "one setting of balanced is missing"
+    assert twelve.twelve_block(folder) == predicted, "one setting of balanced is missing"
     write(folder, "twelve-cuda", *measured)
-    assert "**Measured** on a GPU" in render.twelve_block(folder)
+    assert "**Measured** on a GPU" in twelve.twelve_block(folder)
 
 
 def test_measured_and_predicted_have_tables_of_their_own(folder):
@@ -158,6 +158,20 @@ def test_measured_and_predicted_have_tables_of_their_own(folder):
     measured, predicted = page.split("**Measured** on a CPU")[1].split("**Predicted**")
     assert "3.00" in measured and "7.00" not in measured
     assert "7.00" in predicted.split("## ")[0] and "3.00" not in predicted.split("## ")[0].split("Parameters")[0]
+
+
+def test_emulated_figures_are_held_against_measured_ones(folder):
+    def cell(rival: str, task: str, total: int, how: str) -> dict[str, Any]:
+        found = stored(rival, task, total, how=how, dtype="tf32", device="cuda")
+        next(iter(found.values()))["cell"] = {"rival": rival}
+        return found
+
+    pairs = [("eager", "CoLA", 1000, 1000), ("eager", "RTE", 1000, 1001), ("balanced", "CoLA", 1000, 500)]
+    write(folder, "twelve-cuda", *(cell(rival, task, real, "measured") for rival, task, real, _ in pairs))
+    assert "Emulated against measured" not in render.page(folder)
+    write(folder, "twelve-emulated", *(cell(rival, task, total, "emulated") for rival, task, _, total in pairs))
+    said = "2 cells of eager training have both; 1 are equal to the byte, the largest difference is 0.1000%."
+    assert f"Emulated against measured: {said}" in render.page(folder)
 
 
 def test_errors_and_goals_are_shown(folder):
