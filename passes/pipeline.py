@@ -23,6 +23,7 @@ from slimfit_fx.passes.find_cones import ConePlan, find_cones
 from slimfit_fx.passes.hold_recompute import hold_recompute
 from slimfit_fx.passes.insert_codecs import insert_codecs
 from slimfit_fx.passes.insert_gates import GATES, insert_gates
+from slimfit_fx.passes.lay_out_masks import lay_out_masks
 from slimfit_fx.passes.liveness import SERVES, tag_liveness
 from slimfit_fx.passes.outline_repeats import outline_repeats
 from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
@@ -113,6 +114,8 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         Pass("delay_products", "gated", lambda w: delay_products(w.pair().backward)),
         # on the final order, so that each decode waits for what really comes before it
         Pass("hold_recompute", "gated", lambda w: hold_recompute(w.pair().backward, holdable_placeholders(w.pair()))),
+        # where each mask is made is known now
+        Pass("lay_out_masks", "gated", lambda w: lay_out_masks(w.pair().backward)),
         # while every value still has its node
         Pass("describe_plan", "gated", _describe, needed=True),
         # last: a block hides what it holds from every other pass
@@ -132,6 +135,7 @@ def pass_names() -> tuple[str, ...]:
         "sink_backward",
         "delay_products",
         "hold_recompute",
+        "lay_out_masks",
         "outline_repeats",
     )
 

@@ -41,6 +41,7 @@ def test_the_order_of_the_passes():
         ("sink_backward", "gated", False),
         ("delay_products", "gated", False),
         ("hold_recompute", "gated", False),
+        ("lay_out_masks", "gated", False),
         ("describe_plan", "gated", True),
         ("outline_repeats", "outlined", False),
     ]
