@@ -11,6 +11,7 @@ COMMANDS = {
     "accuracy": ("bench.accuracy.__main__", "fine-tuning results, all rivals"),
     "front": ("bench.front", "memory against throughput on BERT-base and ViT-B, with plots"),
     "gpu": ("bench.gpu", "everything that a GPU can tell, in calls of a few minutes"),
+    "emulated-gpu": ("bench.emulated_gpu.__main__", "run Python on a GPU that computes nothing: memory, without a GPU"),
     "report": ("bench.render", "write README's tables and docs/results.md from bench/results/*.json"),
     "smoke": ("bench.smoke", "step peaks and recompiles of a small BERT, with hard bounds"),
     "step-peak": ("bench.memory", "step peak of one model, all presets"),
