@@ -161,7 +161,7 @@ def _say(mask: fx.Node) -> str | None:
     if bool(allowed.all()):
         return NOTHING
     rows, columns = allowed.shape[-2:]
-    lower = torch.ones(rows, columns, dtype=torch.bool).tril()
+    lower = torch.ones(rows, columns, dtype=torch.bool, device=allowed.device).tril()
     return CAUSAL if rows == columns and bool((allowed == lower).all()) else None
 
 

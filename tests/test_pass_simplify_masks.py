@@ -146,6 +146,12 @@ def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch):
     assert read_masks(captured(attend(SAYS["lower triangle"][0]), *qkv()).graph) == (None,)
 
 
+def test_a_default_device_changes_nothing():
+    with torch.device("meta"):
+        module = captured(attend(lambda q: torch.ones(N, N, dtype=torch.bool).tril()), *(x.to("meta") for x in qkv()))
+        assert read_masks(module.graph) == (CAUSAL,)
+
+
 def test_a_mask_that_cannot_be_computed_stays(monkeypatch):
     def fail(makers: Any) -> Tensor:
         raise NotImplementedError("'tril' not implemented for this dtype")
