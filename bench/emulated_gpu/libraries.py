@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +33,8 @@ def build(folder: Path) -> tuple[Path, Path]:
     if compiler is None or shutil.which("nm") is None:
         raise RuntimeError("the emulated GPU needs a C++ compiler and nm")
     texts = [(HERE / name).read_bytes() for name in SOURCES]
-    key = hashlib.sha256(b"\0".join([*texts, str(torch_folder).encode()])).hexdigest()[:16]
+    built_for = f"{torch_folder} {metadata.version('torch')}".encode()
+    key = hashlib.sha256(b"\0".join([*texts, built_for])).hexdigest()[:16]
     place = folder / key
     runtime, driver = place / "libemulated.so", place / "libcuda.so.1"
     if not (runtime.exists() and driver.exists()):
