@@ -119,11 +119,11 @@ def _drop_mask(attention: fx.Node, *, causal: bool) -> None:
 
 def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erase ``node`` and what only it read: all of it was found to have no effect (:func:`_makers`)."""
-    if not node.users:
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        for before in inputs:
-            _erase_unread(graph, before)
+    made_for_it = {node}
+    for maker in reversed(list(graph.nodes)):
+        if maker in made_for_it and not maker.users:
+            made_for_it.update(maker.all_input_nodes)
+            graph.erase_node(maker)
 
 
 def _read(attention: fx.Node, known: dict[fx.Node, str | None]) -> str | None:
@@ -133,7 +133,7 @@ def _read(attention: fx.Node, known: dict[fx.Node, str | None]) -> str | None:
     if mask not in known:
         known[mask] = _say(mask)
     says, pairs = known[mask], _pairs(attention)
-    if says == CAUSAL and pairs[0] != pairs[1]:
+    if says == CAUSAL and not (isinstance(pairs[0], int) and pairs[0] == pairs[1]):
         return None  # is_causal is another mask where queries and keys are not the same tokens
     return says
 

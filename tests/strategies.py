@@ -44,8 +44,20 @@ class Attention(nn.Module):
                 scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
             mixed = F.dropout(scores.softmax(-1), rate) @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=self.mask == "causal")
+            given = self._given(x)
+            mixed = F.scaled_dot_product_attention(q, k, v, given, dropout_p=rate, is_causal=self.mask == "causal")
         return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+    def _given(self, x: Tensor) -> Tensor | None:
+        """The mask that attention is handed, for all heads: (batch, 2, length, length)."""
+        places = torch.arange(x.shape[1], device=x.device)
+        if self.mask == "handed causal":
+            seen = (places[None, :] <= places[:, None])[None, None]
+        elif self.mask == "by content":
+            seen = ((x.detach().mean(-1) > 0) | (places == 0))[:, None, None, :]
+        else:
+            return None
+        return seen.expand(x.shape[0], 2, x.shape[1], x.shape[1])
 
 
 class FeedForward(nn.Module):
@@ -243,6 +255,12 @@ LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
     "dropout": lambda w, d: nn.Dropout(d),
     "attention": lambda w, d: Residual(Attention(w, fused=False, eager=False, dropout=d)),
     "fused attention": lambda w, d: Residual(Attention(w, fused=True, eager=False, mask="causal")),
+    "attention that is handed a causal mask": lambda w, d: Residual(
+        Attention(w, fused=True, eager=False, mask="handed causal", dropout=d)
+    ),
+    "attention masked by content": lambda w, d: Residual(
+        Attention(w, fused=False, eager=False, mask="by content", dropout=d)
+    ),
     "eager attention": lambda w, d: Residual(Attention(w, fused=True, eager=True, mask="causal", dropout=d)),
     "separate eager attention": lambda w, d: Attention(w, fused=False, eager=True),
     "ffn": lambda w, d: Residual(FeedForward(w, F.gelu, dropout=d)),

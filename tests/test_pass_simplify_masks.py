@@ -177,6 +177,17 @@ def test_a_mask_is_computed_once_and_stays_for_its_other_readers(monkeypatch):
     assert any(n.target == "expand" for n in module.graph.nodes), "the sum reads it"
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_several_makers_of_a_mask_read_is_erased_once():
+    def mask(q: Tensor) -> Tensor:
+        places = torch.arange(N)
+        return (places[None, :] - places[:, None] <= 0) & (places.expand(N, N) <= places[:, None])
+
+    module = captured(attend(mask), *qkv())
+    assert masks.simplify_masks(module, read_masks(module.graph)) == 1
+    assert [n.target for n in module.graph.nodes if n.op in ("call_function", "call_method")] == [attention]
+
+
 def test_attention_that_is_causal_already_has_no_mask_to_drop():
     module = captured(lambda q, k, v: attention(q, k, v, is_causal=True), *qkv())
     assert read_masks(module.graph) == (None,)

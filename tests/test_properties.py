@@ -79,6 +79,7 @@ def alike_whatever_is_closed(spec: Spec, model, session, seed: int, expected_los
 @given(spec=specs(), seed=st.integers(0, 2**16), again=AGAIN)
 @example(spec=Spec(("linear", "batchnorm", "linear"), sizes="all"), seed=0, again={})
 @example(spec=Spec(("plain layernorm", "image convolution"), tokens=False, break_at=1, sizes="all"), seed=0, again={})
+@example(spec=Spec(("attention masked by content", "attention that is handed a causal mask")), seed=0, again={})
 def test_gradients_are_those_of_torch(spec, seed, again):
     """All gates open: bit for bit what torch computes. Any pattern: the same for open units, None for closed."""
     torch._dynamo.reset()

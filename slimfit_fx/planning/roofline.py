@@ -110,7 +110,7 @@ def measure(device: torch.device) -> Roofline:
 
     Also in the middle of a trace: no mode and no autograd is at work.
     """
-    flops, (rows, stream_bytes) = {}, _SIZES[device.type]
+    flops, (rows, stream_bytes) = {}, _sizes_of(device)
     with _disable_current_modes(), torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             a = torch.ones(rows, rows, device=device, dtype=dtype)
@@ -120,6 +120,10 @@ def measure(device: torch.device) -> Roofline:
         source = torch.zeros(stream_bytes // 4, device=device)
         target = torch.empty_like(source)
         return Roofline(flops, 2.0 * stream_bytes / _best(lambda: target.copy_(source), device))
+
+
+def _sizes_of(device: torch.device) -> tuple[int, int]:
+    return _SIZES["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -141,5 +145,5 @@ def _wait(device: torch.device) -> None:
 def _name(device: torch.device) -> str:
     """Names all that rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
-    name += f"-{torch.get_float32_matmul_precision()}-{torch.__version__}"
+    name += f"-{torch.get_float32_matmul_precision()}-{torch.__version__}-{_sizes_of(device)[0]}"
     return "roofline-" + "".join(c if c.isalnum() else "-" for c in name)
