@@ -25,6 +25,7 @@ import slimfit_fx.runtime.ghosts
 import slimfit_fx.runtime.hold  # noqa: F401  (registers the operators)
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import graph_text
+from slimfit_fx.graph.retrace import survives_pickling
 from slimfit_fx.graph.symbols import missing_symbols
 from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan
 from slimfit_fx.passes.saved import Seam
@@ -154,7 +155,9 @@ class _Builder:
         """The name of a module that does what ``branch`` does: branches that are alike are compiled once."""
         text = f"{name.rsplit('_', 1)[1]} {graph_text(branch.nodes)}"
         if text not in self._modules:
-            self.backward.add_submodule(name, _LazyGraphModule({}, branch))  # most never run as Python
+            module = _LazyGraphModule({}, branch)  # most never run as Python
+            survives_pickling(module)
+            self.backward.add_submodule(name, module)
             self._modules[text] = name
         return self._modules[text]
 

@@ -1,8 +1,12 @@
 """Graphs with branches survive being pickled.
 
-A graph module is pickled as its Python code, and unpickled by tracing that code again. ``cond`` refuses the proxies
-that it then meets. Torch keeps the backward graph with every entry of its autograd cache, for compiled autograd: blocks
-in it are unpickled together with the entry, so that an entry with a branch inside a block could never be read.
+A graph module is pickled as its Python code, and unpickled by tracing that code again. Torch keeps the backward graph
+with every entry of its autograd cache, for compiled autograd: blocks and branches in it are unpickled together with
+the entry, and held as long as the compiled graph. Torch's own tracer has two shortcomings there:
+
+* ``cond`` refuses the proxies that it meets, so that an entry with a branch inside a block could never be read;
+* an operator that takes no tensor (the zeros that an embedding's gradient is added to) runs while it is traced, and its
+  result becomes a constant of the module: memory that a warm start holds and a cold one does not.
 """
 
 from __future__ import annotations
@@ -10,18 +14,57 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class BranchTracer(fx.Tracer):
-    """Traces code in which branches are called."""
+    """Traces code in which branches are called and tensors are made, and runs none of it."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As torch's own."""
-        with mock.patch("torch._higher_order_ops.cond.validate_subgraph_args_types", lambda operands: None):
+        self._makers = _Makers()
+        with (
+            mock.patch("torch._higher_order_ops.cond.validate_subgraph_args_types", lambda operands: None),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            self._makers,
+        ):
             return super().trace(root, concrete_args)
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch's own; a tensor that the code made is the result of the call that made it, not a constant."""
+        call = self._makers.calls.get(id(a)) if isinstance(a, torch.Tensor) else None
+        if call is None:
+            return super().create_arg(a)
+        if call.node is None:
+            call.node = self.create_proxy("call_function", call.target, call.args, call.kwargs).node
+        return call.node
+
+
+class _Call:
+    """A call that was made while tracing, its result (kept, so that nothing else takes its id), and its node."""
+
+    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
+        self.target, self.args, self.kwargs, self.result = target, args, kwargs, result
+        self.node: fx.Node | None = None
+
+
+class _Makers(TorchDispatchMode):
+    """Remembers which call made a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[int, _Call] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.calls[id(result)] = _Call(func, args, dict(kwargs or {}), result)
+        return result
 
 
 def survives_pickling(module: fx.GraphModule) -> None:
-    """Let ``module`` be unpickled by a tracer that knows branches."""
-    module._tracer_cls = BranchTracer
+    """Let ``module`` be unpickled by a tracer that knows branches and runs nothing."""
+    module._tracer_cls = module.graph._tracer_cls = BranchTracer  # the graph's is what copies of the module take over

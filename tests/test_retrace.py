@@ -1,0 +1,79 @@
+"""Pickled graphs are read without running anything (slimfit_fx/graph/retrace.py)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from graphs import stopped_after
+from small_models import Tiny, tokens
+from torch import fx
+
+from slimfit_fx.graph.retrace import survives_pickling
+from slimfit_fx.passes.find_cones import CONE
+
+aten = torch.ops.aten
+
+
+def module_of(make, *names: str, submodules: dict[str, torch.nn.Module] | None = None) -> fx.GraphModule:
+    """The module whose graph ``make`` builds from its placeholders, ready to be pickled."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in names]
+    graph.output(make(graph, *inputs))
+    module = fx.GraphModule(submodules or {}, graph)
+    survives_pickling(module)
+    return module
+
+
+def embedding_gradient(graph: fx.Graph, grad: fx.Node, rows: fx.Node) -> tuple[fx.Node, ...]:
+    """Zeros, made without an operand, that rows of a gradient are added to; made twice as views, once as they are."""
+    zeros = graph.call_function(aten.full.default, ([1000, 8], 0.0), {"dtype": torch.float32, "device": "cpu"})
+    order = graph.call_function(aten.arange.default, (1000,), {"device": torch.device("cpu")})
+    column = graph.call_function(aten.unsqueeze.default, (order, 1))
+    added = graph.call_function(aten.index_put.default, (zeros, [rows], grad, True))
+    return graph.call_function(aten.add.Tensor, (added, column)), column, zeros
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_made_tensors_are_made_again_and_not_kept(copied):
+    module = module_of(embedding_gradient, "grad", "rows")
+    read = pickle.loads(pickle.dumps(copy.deepcopy(module) if copied else module))
+    assert not list(read.buffers()) and not [v for v in vars(read).values() if isinstance(v, torch.Tensor)]
+    calls = [n.target for n in read.graph.nodes if n.op == "call_function"]
+    assert sorted(map(str, calls)) == sorted(str(n.target) for n in module.graph.nodes if n.op == "call_function")
+    grad, rows = torch.rand(3, 8), torch.tensor([1, 7, 1])
+    for found, expected in zip(read(grad, rows), module(grad, rows), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_branches_inside_of_branches_are_read():
+    open_branch = module_of(lambda graph, x: (graph.call_function(aten.mul.Tensor, (x, 2.0)),), "x")
+    closed = module_of(
+        lambda graph, x: (graph.call_function(aten.full.default, ([3], 5.0), {"device": torch.device("cpu")}),), "x"
+    )
+
+    def both(graph: fx.Graph, gate: fx.Node, x: fx.Node) -> fx.Node:
+        branches = graph.get_attr("open_branch"), graph.get_attr("closed")
+        return graph.call_function(torch.ops.higher_order.cond, (gate, *branches, (x,)))
+
+    module = module_of(both, "gate", "x", submodules={"open_branch": open_branch, "closed": closed})
+    read = pickle.loads(pickle.dumps(module))
+    assert not list(read.buffers())
+    x = torch.rand(3)
+    for gate in (True, False):
+        (found,), (expected,) = read(torch.tensor(gate), x), module(torch.tensor(gate), x)
+        assert torch.equal(found, expected)
+
+
+def test_a_pickled_backward_graph_holds_no_tensor():
+    """An embedding's gradient starts from zeros inside of its branch."""
+    backward = stopped_after("insert_gates", Tiny(), tokens()).work.seam.backward
+    assert backward is not None and any(CONE in n.meta for n in backward.graph.nodes)
+    for name, branch in backward.named_children():
+        made = [n for n in branch.graph.nodes if n.target is aten.full.default]
+        read = pickle.loads(pickle.dumps(branch))
+        assert not list(read.buffers()), name
+        assert len([n for n in read.graph.nodes if n.target is aten.full.default]) == len(made)
+    assert any(n.target is aten.full.default for m in backward.children() for n in m.graph.nodes), "as it stood"
