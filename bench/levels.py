@@ -1,6 +1,6 @@
 """Levels of recompute by the peak that ``recompute="auto"`` expects of them, and by that of Inductor's code.
 
-``python -m bench levels``: all units closed; nothing is trained, and activations take no memory.
+``python -m bench levels``: of the worst choice of open units, and with all closed; nothing is trained.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tabulate import tabulate
 import slimfit_fx
 from bench.models import Case, build_model, make_batch, make_case
 from slimfit_fx.config import Config
+from slimfit_fx.passes import pipeline
 from slimfit_fx.planning import levels
 from slimfit_fx.planning.levels import Level
 from slimfit_fx.planning.planner import Planner
@@ -47,15 +48,25 @@ def weighed(case: Case, preset: str) -> list[Level]:
 def row_of(case: Case, preset: str, level: Level) -> dict[str, Any]:
     """One level, expected and as Inductor's code has it; megabytes."""
     config = Config(preset=preset, recompute=level.name, recompute_share=level.share)  # type: ignore[arg-type]
-    peak = slimfit_fx.plan(build_model(case), config=config, peak=True, **make_batch(case)).peak
+    usual = pipeline.make_planner
+
+    def make_planner(*given: Any) -> Planner:
+        planner = usual(*given)
+        planner.product_price = level.product_price
+        return planner
+
+    with mock.patch.object(pipeline, "make_planner", make_planner):
+        peak = slimfit_fx.plan(build_model(case), config=config, peak=True, **make_batch(case)).peak
     assert peak is not None
     return {
         "recompute": level.name,
+        "price of products": level.product_price,
         "blocks": f"{level.share:.0%}",
         "saved": level.saved_bytes / 1e6,
         "expected peak": level.peak_bytes / 1e6,
-        "peak": peak.closed_bytes / 1e6,
-        "expected / peak": level.peak_bytes / peak.closed_bytes,
+        "closed": peak.closed_bytes / 1e6,
+        "worst": peak.worst_bytes / 1e6,
+        "expected / worst": level.peak_bytes / peak.worst_bytes,
     }
 
 
@@ -70,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = CASES[name] if options.layers is None else {**CASES[name], "layers": options.layers}
         case = make_case(**settings)
         rows = [row_of(case, options.preset, level) for level in weighed(case, options.preset)]
-        print(f"\n{name}, {options.preset}; MB, all units closed")
-        print(tabulate(rows, headers="keys", floatfmt=("", "", ".0f", ".0f", ".0f", ".2f")), flush=True)
+        print(f"\n{name}, {options.preset}; MB")
+        print(tabulate(rows, headers="keys", floatfmt=("", "g", "", ".0f", ".0f", ".0f", ".0f", ".2f")), flush=True)
     return 0
 
 

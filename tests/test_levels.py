@@ -21,9 +21,11 @@ from slimfit_fx.config import Config
 from slimfit_fx.graph import ops
 from slimfit_fx.passes import pipeline
 from slimfit_fx.planning import levels
+from slimfit_fx.planning.kinds import comes_from_softmax
 from slimfit_fx.planning.levels import Level, choose, shrink, spare
 from slimfit_fx.planning.planner import Planning
-from slimfit_fx.planning.roofline import node_flops
+from slimfit_fx.planning.prices import Prices
+from slimfit_fx.planning.roofline import Roofline, node_flops
 from slimfit_fx.planning.rows import Faster, GraphPlan, MemoryPlan, merge_plans
 from slimfit_fx.planning.timeline import Timeline
 from slimfit_fx.presets import BLOCK_INPUT, RECOMPUTE
@@ -72,7 +74,7 @@ def test_blocks_that_save_no_more_than_one_brings_back_need_not_run_again(more, 
     """Eight blocks save 40, five each; ``first`` needs 7 at work, too."""
     first, whole = level("cheap", 80.0, 0.0, working=7.0), level("blocks", 40.0, 80.0, working=7.0 + more)
     monkeypatch.setattr(levels, "plan_level", lambda share: dataclasses.replace(whole, share=share))
-    found = shrink(SimpleNamespace(at_level=lambda _, share: share), whole, first)
+    found = shrink(SimpleNamespace(at_level=lambda _, share, price: share), whole, first)
     assert (None if found is None else found.share) == share
 
 
@@ -80,7 +82,7 @@ def test_no_more_blocks_are_spared_than_the_expected_peak_allows(monkeypatch):
     first, whole = level("cheap", 80.0, 0.0), level("blocks", 40.0, 80.0, working=20.0)
     peaks = {0.5: 61.0, 0.625: 60.7, 0.75: 60.5}  # 60.6 is as good as 60
     monkeypatch.setattr(levels, "plan_level", lambda s: dataclasses.replace(whole, share=s, peak_bytes=peaks[s]))
-    planner = SimpleNamespace(at_level=lambda _, share: share)
+    planner = SimpleNamespace(at_level=lambda _, share, price: share)
     assert shrink(planner, whole, first).share == 0.75
     peaks |= {0.75: 61.0, 0.875: 61.0}
     assert shrink(planner, whole, first) is whole
@@ -102,6 +104,35 @@ def test_the_last_blocks_are_spared_unless_all_cost_less(fewer, all_of_them, mon
 
 def test_a_level_that_saves_nothing_is_spared_in_all_blocks():
     assert spare(None, level("blocks", 80.0, 0.0), level("cheap", 80.0, 0.0)) == []
+
+
+def test_products_run_again_for_the_time_that_is_spared_and_not_by_the_rates_of_a_device():
+    """On a device that moves memory fast for its arithmetic no product is worth its time."""
+    ids = tokens(batch=8)[0]
+    bench = stopped_after("tag_liveness", post_norm(depth=3), (ids, torch.ones_like(ids)))
+    planner = pipeline.make_planner(bench.work, settings_of(Config(preset="exact", recompute="auto", min_bytes=0)))
+    planner.prices = Prices(Roofline({"float32": 2.0**34}, 2.0**38))
+    priced, paid = (levels.plan_level(planner.at_level("products", product_price=price)) for price in (1.0, 1e-6))
+    assert priced.again == 0.0 < paid.again and paid.saved_bytes < priced.saved_bytes
+    planner.prices = Prices(Roofline({"float32": 2.0**34}, 2.0**34))
+    chosen = levels.plan_paid(("cheap", "products"), planner)
+    assert "products" in chosen.note
+
+
+def test_what_reads_attention_scores_runs_again_in_whole_blocks_only():
+    """It would bring the scores back."""
+    ids = tokens(batch=2)[0]
+    bench = stopped_after("tag_liveness", eager_attention(), (ids, torch.ones_like(ids)))
+    planner = pipeline.make_planner(bench.work, settings_of(Config(preset="exact", recompute="auto", min_bytes=0)))
+    found = {}
+    for name in RECOMPUTE:
+        cut = planner.at_level(name, product_price=1e-6).plan().cut
+        found[name] = {n for n in cut.recomputed & planner.forward if ops.op_name(n) == "bmm"}
+    scores = {n for n in planner.forward if ops.op_name(n) == "bmm"}
+    assert len(scores) == 4, "two layers with two products of activations each"
+    readers = {n for n in scores if any(comes_from_softmax(ops.view_base(i)) for i in n.all_input_nodes)}
+    assert len(readers) == 2 and not readers & (found["cheap"] | found["products"])
+    assert scores - readers <= found["products"]
 
 
 def test_what_is_not_paid_in_all_blocks_runs_again_in_fewer():
@@ -127,6 +158,15 @@ def post_norm(depth: int = 5) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "vocab_size": 31}
     config = transformers.BertConfig(num_hidden_layers=depth, attention_probs_dropout_prob=0.0, num_labels=5, **sizes)
+    return transformers.BertForSequenceClassification(config).train()
+
+
+def eager_attention() -> nn.Module:
+    """Two layers whose attention scores stand in memory."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 31}
+    config = transformers.BertConfig(num_hidden_layers=2, attn_implementation="eager", **sizes)
     return transformers.BertForSequenceClassification(config).train()
 
 

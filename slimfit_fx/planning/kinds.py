@@ -67,14 +67,15 @@ def _is_normalised(node: fx.Node) -> bool:
     return ops.op_name(node) == "mul" and any(ops.op_name(ops.view_base(i)) == "rsqrt" for i in node.all_input_nodes)
 
 
-def _comes_from_softmax(node: fx.Node, depth: int = 4) -> bool:
+def comes_from_softmax(node: fx.Node, depth: int = 4) -> bool:
+    """Whether ``node`` holds attention probabilities, possibly behind dropout."""
     if ops.op_name(node) in {"_softmax", "softmax"}:
         return True
     if ops.op_name(node) == "div" and any(ops.op_name(i) == "exp" for i in node.all_input_nodes):
         return True
     chain = {"where", "mul", "clone", "convert_element_type"}
     if depth and (ops.op_name(node) in chain or ops.is_view(node)):
-        return any(_comes_from_softmax(i, depth - 1) for i in node.all_input_nodes)
+        return any(comes_from_softmax(i, depth - 1) for i in node.all_input_nodes)
     return False
 
 
@@ -101,7 +102,7 @@ def kind_of(node: fx.Node) -> str:
         return "exact"
     if _is_normalised(node):
         return "normalised"
-    if _comes_from_softmax(node):
+    if comes_from_softmax(node):
         return "attention_probs"
     if _activation_near(node):
         return "gelu_input"

@@ -5,11 +5,11 @@ whole blocks cost less than that to run again: each level of recompute is planne
 for the one with the fewest bytes at the peak is taken. Products stand for time: they make up nearly all of it where
 there is memory to be saved.
 
-Bytes at the peak are those that the joint graph lets expect (expected_peak.py): all that is saved, and what a block
-brings back for its own backward. Saved bytes alone mislead: where attention scores stand in memory, whole blocks bring
-so much back that BERT-base takes 1.5 times what it takes if attention's output is saved, too. The peak falls where
-backward begins, or in the first block that runs again: the last blocks, as many as save no more than one of them brings
-back, need not run again (``shrink``).
+Bytes at the peak are those that the joint graph lets expect (expected_peak.py) of the worst choice of open units: all
+that is saved, and what a block brings back for its own backward. Saved bytes alone mislead: where attention scores
+stand in memory, whole blocks bring so much back that BERT-base takes 1.5 times what it takes if attention's output is
+saved, too. The peak falls where backward begins, or in the first block that runs again: the last blocks, as many as
+save no more than one of them brings back, need not run again (``shrink``).
 
 Accuracy has a price, too: a level counts with its bytes times 1 + the relative gradient error to expect of its codecs.
 What blocks are computed again from is stored in eight bits by every preset, so under one of four bits these blocks lose
@@ -29,6 +29,9 @@ from slimfit_fx.planning.rows import Faster
 from slimfit_fx.planning.sensitivity import expected_of
 from slimfit_fx.presets import PARTS
 
+_PRODUCT_PRICES = {"products": (1.0, 0.125)}
+"""Times their usual price what products count with: the rates of a device say whether their time is worth the bytes,
+but time that closed units spare is there to be spent."""
 _WORTH_ITS_TIME = 0.95
 """Times what a level costs in fewer blocks it must cost at most in all of them, for these to run again."""
 _SAME_PEAK = 1.01
@@ -46,7 +49,7 @@ class Level:
     saved_bytes: float
     """Expected, where backward begins; infinite if nothing could be planned."""
     peak_bytes: float
-    """Expected, in backward."""
+    """Expected, in backward, of the worst choice of open units."""
     again: float
     """Operations of products that forward ran and backward runs again."""
     spared: float
@@ -57,6 +60,8 @@ class Level:
     """Of the blocks, from the first on: where the level holds."""
     error: float = 0.0
     """The relative gradient error to expect of its codecs; 0 where that is not known."""
+    product_price: float = 1.0
+    """Times their usual price what products that run again were counted with."""
 
     @property
     def working_bytes(self) -> float:
@@ -83,6 +88,7 @@ def plan_level(planner: Planner) -> Level:
         blocks=planning.blocks,
         share=planner.recompute_share,
         error=_error_of(planning),
+        product_price=planner.product_price,
     )
 
 
@@ -107,7 +113,7 @@ def shrink(planner: Planner, level: Level, first: Level) -> Level | None:
     if most >= level.blocks:
         return None
     for spared in range(most, 0, -1):
-        fewer = plan_level(planner.at_level(level.name, 1 - spared / level.blocks))
+        fewer = plan_level(planner.at_level(level.name, 1 - spared / level.blocks, level.product_price))
         if fewer.peak_bytes <= _SAME_PEAK * level.peak_bytes:
             return fewer
     return level
@@ -139,7 +145,8 @@ def choose(found: Sequence[Level]) -> Level:
 
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     """Plan at every level of ``names``; return what the closed units pay for, with a note if it is not the first."""
-    first, *more = (plan_level(planner.at_level(name)) for name in names)
+    steps = [(name, price) for name in names for price in _PRODUCT_PRICES.get(name, (1.0,))]
+    first, *more = (plan_level(planner.at_level(name, product_price=price)) for name, price in steps)
     chosen = first
     for level in sorted(more, key=lambda level: level.cost):
         chosen = choose([first, *spare(planner, level, first)])

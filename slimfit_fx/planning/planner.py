@@ -20,7 +20,7 @@ from slimfit_fx.graph.joint import JointGraph, backward_closure, forward_needs, 
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.chances import chance_open, effective_gates
 from slimfit_fx.planning.decisions import Decision, refuse_codec, value_spec
-from slimfit_fx.planning.kinds import kind_of, mask_tainted
+from slimfit_fx.planning.kinds import comes_from_softmax, kind_of, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 from slimfit_fx.planning.prices import Prices, inner_size
 from slimfit_fx.planning.roofline import node_flops
@@ -89,6 +89,7 @@ class Planner:
         self.prices = prices or Prices()
         self.why_milder = functools.cache(why_milder)
         self.recompute_price, self.recompute, self.recompute_share = recompute_price, recompute, recompute_share
+        self.product_price = 1.0
         self.joint, self.serves_of = joint, serves_of
         self.codec_for = functools.cache(codec_for)
         self.freeze_rate, self.min_bytes = freeze_rate, min_bytes
@@ -105,11 +106,14 @@ class Planner:
         self._flops: dict[fx.Node, float] = {}
         self._chances: dict[fx.Node, float] = {}
 
-    def at_level(self, recompute: str, share: float = 1.0) -> Planner:
-        """The same planner, with this to run again at most; what does not depend on it is shared."""
+    def at_level(self, recompute: str, share: float = 1.0, product_price: float = 1.0) -> Planner:
+        """The same planner, with this to run again at most, products for this part of their price.
+
+        What does not depend on it is shared.
+        """
         _ = self.blocks, self.needed_backward, self.spared_flops
         other = copy.copy(self)
-        other.recompute, other.recompute_share = recompute, share
+        other.recompute, other.recompute_share, other.product_price = recompute, share, product_price
         vars(other).pop("early", None)
         return other
 
@@ -273,15 +277,22 @@ class Planner:
 
     def held_bytes(self, node: fx.Node) -> float:
         """Bytes that are expected to be held for ``node`` until backward, if it is saved."""
+        parts = self.held_parts(node)
+        if len(parts) == 1:
+            return parts[0][0] * self.chance(node)
+        return sum(size * (self._chance_beside(node) if of_units else 1.0) for size, of_units in parts)
+
+    def held_parts(self, node: fx.Node) -> list[tuple[float, bool]]:
+        """(bytes, whether units alone read them) of what is held for ``node`` until backward, if it is saved."""
         if node.op == "placeholder" or not ops.is_tensor(node):
-            return 0.0
+            return []
         decision = self.decide(node)
         if decision.kind in ("input", "output"):
-            return 0.0
+            return []
         if decision.parts is None:
-            return self._size_under(decision.codec, node) * self.chance(node)
+            return [(self._size_under(decision.codec, node), False)]
         static, units = decision.parts
-        return self._size_under(static, node) + self._size_under(units, node) * self._chance_beside(node)
+        return [(self._size_under(static, node), False), (self._size_under(units, node), True)]
 
     def codec_ms(self, node: fx.Node, decision: Decision) -> float:
         """Milliseconds to expect of encoding ``node`` and, if it is needed, decoding it; 0 without a codec."""
@@ -346,16 +357,23 @@ class Planner:
 
     def _discount(self, node: fx.Node) -> float:
         if self._level_of(node) != "blocks":
-            return 1.0
+            return self.product_price if ops.is_matrix_product(node) else 1.0
         return _BLOCKS_PRODUCT_DISCOUNT if ops.is_matrix_product(node) else _BLOCKS_DISCOUNT
 
     def _may_run_again(self, node: fx.Node) -> bool:
-        """Products with a parameter only where that was asked for, attention scores of small heads always."""
+        """Products with a parameter only where that was asked for, attention scores of small heads always.
+
+        What reads scores runs again in whole blocks only: it would bring them all back.
+        """
         if not ops.is_matrix_product(node):
             # a decision that is asked again of a decoded value could be answered otherwise
             return ops.is_cheap(node) and not ops.is_decision(node)
-        if self._level_of(node) != "cheap":
+        if self._level_of(node) == "blocks":
             return True
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
+        if of_activations and any(comes_from_softmax(ops.view_base(i)) for i in tensors):
+            return False
+        if self._level_of(node) == "products":
+            return True
         return ops.op_name(node) == "bmm" and of_activations and inner_size(node) <= _LARGEST_SCORES
