@@ -23,6 +23,7 @@ from torch import fx
 
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.blocks import Meter, TensorSpec, contiguous_strides, is_dense, spec_of
+from slimfit_fx.planning.caching_allocator import ROUND, hands_out_more
 from slimfit_fx.planning.graph_run import GraphCode, input_names, written_back
 from slimfit_fx.planning.labels import GRADIENT, LABEL
 from slimfit_fx.planning.peak import StepTrace
@@ -130,7 +131,7 @@ def trace_step(
         NotImplementedError: the generated code does what a dry run cannot follow.
     """
     on_gpu = any(isinstance(x, TensorSpec) and x.device.type == "cuda" for x in forward.inputs)
-    meter = Meter(round_to=512 if on_gpu else 1)
+    meter = Meter(round_to=ROUND if on_gpu else 1)
     run = DryRun(meter)
     inputs = [run.input(x, gate=layout.gate_at(i)) for i, x in enumerate(forward.inputs)]
     results = list(forward.load(run)(inputs))
@@ -158,7 +159,13 @@ def trace_step(
             meter.labels[grad.block.number] = GRADIENT
     gate_bytes = _gate_bytes(forward.inputs, layout)
     trace = StepTrace(
-        tuple(meter.events), boundary, dict(meter.labels), len(layout.params), tuple(meter.work), gate_bytes
+        tuple(meter.events),
+        boundary,
+        dict(meter.labels),
+        len(layout.params),
+        tuple(meter.work),
+        gate_bytes,
+        caching=on_gpu and hands_out_more(),
     )
     del grads, kept
     return trace

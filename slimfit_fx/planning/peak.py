@@ -7,6 +7,9 @@ Blocks that exist only when certain gates are open name them, so that one trace 
     bytes(t | open) = sum of the blocks alive at t whose owners are nobody (always there) or meet ``open``
 
 What happens inside a branch counts only for patterns that take the branch.
+
+CUDA's caching allocator hands out more than is asked for (caching_allocator.py). There a pattern's events are replayed
+with it, twice: training repeats its steps, and what the first one left free is what the next one gets.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimfit_fx.planning.caching_allocator import CachingAllocator
 from slimfit_fx.planning.patterns import Patterns
 from slimfit_fx.planning.roofline import Work
 
@@ -80,10 +84,35 @@ class StepTrace:
     """What the kernels do, in order; for an expectation of the time only."""
     gate_bytes: tuple[int, ...] = ()
     """Of the gradients of what each gate freezes; empty if that is not known."""
+    caching: bool = False
+    """Whether the blocks come from CUDA's caching allocator; the events hold what is asked for."""
 
     def peak(self, open_gates: Collection[int]) -> StepPeak:
         """The step with exactly these gates open."""
         chosen = frozenset(open_gates)
+        return (self._handed_out(chosen) if self.caching else self)._peak(chosen)
+
+    def _handed_out(self, chosen: frozenset[int]) -> StepTrace:
+        """The same step, with the bytes that the allocator hands out for it when it comes a second time."""
+        allocator, sizes = CachingAllocator(), dict[int, int]()
+        for _ in range(2):
+            addresses: dict[int, int] = {}
+            for event in self.events:
+                if happens(event, chosen) and event.delta_bytes > 0:
+                    addresses[event.block] = allocator.take(event.delta_bytes)
+                    sizes[event.block] = allocator.size_of(addresses[event.block])
+                elif happens(event, chosen):
+                    allocator.let_go(addresses.pop(event.block))
+            for address in addresses.values():
+                allocator.let_go(address)
+
+        def handed_out(event: Event) -> Event:
+            size = sizes.get(event.block, abs(event.delta_bytes))
+            return dataclasses.replace(event, delta_bytes=size if event.delta_bytes > 0 else -size)
+
+        return dataclasses.replace(self, events=tuple(map(handed_out, self.events)), caching=False)
+
+    def _peak(self, chosen: frozenset[int]) -> StepPeak:
         total = peak = saved = forward_peak = 0
         peak_event, timeline, alive = 0, [], {}  # type: tuple[int, list[int], dict[int, Event]]
         at_peak: dict[int, Event] = {}
@@ -112,6 +141,8 @@ class StepTrace:
 
         ``most_bytes``: only patterns whose gradients take so many bytes at most. The bound may exceed what any of these
         reaches: gates are told apart by what they own beside gradients, which are taken for ``most_bytes`` together.
+
+        What CUDA's caching allocator hands out beyond what is asked for is that of the pattern, or with no gate open.
         """
         allowed = Patterns(count, most_bytes, self.gate_bytes)
         bound, pattern = 0, frozenset[int]()
@@ -130,7 +161,10 @@ class StepTrace:
                 total = min(total, always + allowed.most_owned_once(owned, shared))
             if total > bound:
                 bound, pattern = total, frozenset(chosen)
-        return bound, pattern
+        return bound + max(map(self._more_than_asked_for, {frozenset[int](), pattern})), pattern
+
+    def _more_than_asked_for(self, chosen: frozenset[int]) -> int:
+        return self.peak(chosen).peak_bytes - self._peak(chosen).peak_bytes if self.caching else 0
 
     def _moments(self) -> Iterator[tuple[int, dict[int, int], dict[frozenset[int], int], Sequence[int]]]:
         """After every allocation: bytes that are always there, by gate, those of several by owners, its branch's gates.
@@ -161,6 +195,7 @@ class StepTrace:
             "num_gates": self.num_gates,
             "work": [[w.flops, w.nbytes, w.dtype, sorted(w.gates)] for w in self.work],
             "gate_bytes": list(self.gate_bytes),
+            "caching": self.caching,
         }
 
     @classmethod
@@ -170,7 +205,8 @@ class StepTrace:
         labels = {int(block): label for block, label in data["labels"].items()}
         work = tuple(Work(f, n, dtype, frozenset(gates)) for f, n, dtype, gates in data.get("work", ()))
         gate_bytes = tuple(data.get("gate_bytes", ()))
-        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work, gate_bytes)
+        caching = bool(data.get("caching", False))
+        return cls(events, int(data["boundary"]), labels, int(data["num_gates"]), work, gate_bytes, caching)
 
 
 @dataclass(frozen=True)
@@ -241,7 +277,8 @@ def join(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]]) -> StepTra
         for trace, numbers in zip(traces, gates, strict=True)
         for w in trace.work
     )
-    return StepTrace(tuple(forward + late), len(forward), labels, total, work, _joined_gate_bytes(traces, gates, total))
+    gate_bytes, caching = _joined_gate_bytes(traces, gates, total), any(trace.caching for trace in traces)
+    return StepTrace(tuple(forward + late), len(forward), labels, total, work, gate_bytes, caching)
 
 
 def _joined_gate_bytes(traces: Sequence[StepTrace], gates: Sequence[Sequence[int]], total: int) -> tuple[int, ...]:
