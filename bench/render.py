@@ -103,7 +103,7 @@ def _against(peaks: Mapping[str, int], name: str) -> list[str]:
     return [f"{peaks[name] / 1e6:.1f}", *ratios]
 
 
-BLOCKS = {"step-peak": step_peak_block, "twelve": twelve.twelve_block}
+BLOCKS = {"step-peak": step_peak_block, "twelve": twelve.twelve_block, "accuracy": sections.accuracy_block}
 """Name in README -> what writes it."""
 
 

@@ -15,6 +15,7 @@ from bench.accuracy.__main__ import CACHE
 from bench.accuracy.cells import METHODS
 from bench.accuracy.store import Store
 from bench.accuracy.tasks import TASKS, named_tasks
+from bench.accuracy.tasks.base import POINTS
 from bench.budget import TOLERANCE, rises
 from bench.lossless import verdicts
 from bench.tasks import machines, short_commit
@@ -166,6 +167,32 @@ def accuracy_section(folder: Path) -> str:
         ]
     said = "Two seeds have wide intervals. Tasks, scales and methods: [accuracy](accuracy.md)."
     return "\n\n".join(["## Accuracy", said, *parts]) if parts else ""
+
+
+def accuracy_block(folder: Path) -> str:
+    """For README: what methods gain over full fine-tuning, by task and in the mean; empty if that was not measured."""
+    path = folder / "accuracy-cpu.jsonl"
+    if not path.exists():
+        return ""
+    store = Store(path)
+    tasks = [task for task in named_tasks(list(TASKS), "quick", CACHE) if task.metric.points == POINTS]
+    found = {task.name: claims.standings(store.rows_of(task.name, "quick"), task, METHODS) for task in tasks}
+    rows = []
+    for method, said in _IN_README.items():
+        each, mean = claims.gains_over_full(found, tasks, method)
+        seeds = {interval.count for interval in each if interval is not None}
+        shown = [accuracy_table.show(interval, sign=True) for interval in (*each, mean)]
+        rows.append([said, *shown, " to ".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else "-"])
+    heads = ["against full fine-tuning, points", *(task.name for task in tasks), "mean", "seeds"]
+    return str(tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True))
+
+
+_IN_README = {
+    "balanced-0.90-ils": "`balanced`, 90% frozen",
+    "max-0.90-ils": "`max`, 90% frozen",
+    "lora": "LoRA, rank 8",
+    "head": "frozen backbone, trained head",
+}
 
 
 def _block(bounds: Any) -> str:

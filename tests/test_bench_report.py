@@ -67,8 +67,35 @@ def test_the_check_finds_a_stale_page(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["", "<!-- bench:begin nothing -->\n<!-- bench:end -->\n"])
 def test_a_readme_without_its_blocks_is_refused(text, folder):
-    with pytest.raises(ValueError, match=r"README must have the blocks \['step-peak', 'twelve'\], once each, got"):
+    with pytest.raises(ValueError, match=r"README must have the blocks \['accuracy', 'step-peak', 'twelve'\], once each, got"):
         render.filled(text, folder)
+
+
+# ---- accuracy in README
+
+
+def test_gains_over_full_are_those_of_the_rows(folder):
+    """One seed's score of one method on one task falls by ten points: so do its gain and a third of the mean."""
+    path = folder / "accuracy-cpu.jsonl"
+    shutil.copy(report.RESULTS / path.name, path)
+
+    def cells() -> list[str]:
+        (line,) = (line for line in sections.accuracy_block(folder).splitlines() if line.startswith("| LoRA"))
+        return [cell.strip().split(" ")[0] for cell in line.split("|")[2:-2]]
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    before, seeds = cells(), 0
+    for row in rows:
+        cell = row.get("cell", {"task": None, "method": None, "scale": None})
+        if (cell["task"], cell["method"], cell["scale"]) == ("pairs", "lora", "quick"):
+            row["test"], seeds = row["test"] - 0.1, seeds + 1
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    after = cells()
+    assert seeds >= 5 and after[:2] == before[:2]
+    assert float(after[2]) == pytest.approx(float(before[2]) - 10, abs=0.011)
+    assert float(after[3]) == pytest.approx(float(before[3]) - 10 / 3, abs=0.011)
+    path.unlink()
+    assert sections.accuracy_block(folder) == ""
 
 
 # ---- the twelve settings

@@ -85,6 +85,17 @@ def gains(found: Sequence[Standing], task: Task, method: str, against: str) -> d
     return dict(zip(seeds, (sign * d for d in paired_differences(named[method], named[against])), strict=True))
 
 
+def gains_over_full(
+    found: Mapping[str, Sequence[Standing]], tasks: Sequence[Task], method: str
+) -> tuple[list[Interval | None], Interval | None]:
+    """By how many points ``method`` is better than full fine-tuning: on each of ``tasks``, and in the mean over them.
+
+    None where no seed has both, and for the mean unless every task has one.
+    """
+    by_seed = [gains(found[task.name], task, method, FULL.name) for task in tasks]
+    return [interval_of(tuple(one.values())) if one else None for one in by_seed], _over_tasks(by_seed)
+
+
 def claims(found: Mapping[str, Sequence[Standing]], tasks: Sequence[Task]) -> list[Claim]:
     """The bounds, each with what was measured. ``found``: standings by task.
 
