@@ -67,7 +67,7 @@ def test_the_check_finds_a_stale_page(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["", "<!-- bench:begin nothing -->\n<!-- bench:end -->\n"])
 def test_a_readme_without_its_blocks_is_refused(text, folder):
-    with pytest.raises(ValueError, match=r"README must have the blocks \['accuracy', 'step-peak', 'twelve'\], once each, got"):
+    with pytest.raises(ValueError, match=r"blocks \['accuracy', 'step-peak', 'twelve'\], once each, got"):
         render.filled(text, folder)
 
 

@@ -118,11 +118,38 @@ def test_settings_of_the_allocator_are_read(said, more, monkeypatch):
     assert hands_out_more() is more
 
 
-def test_a_step_takes_what_is_handed_out_when_it_is_repeated():
-    """The second time 13 MiB come out of the 14 that the first one left."""
+def test_a_step_takes_what_is_handed_out_the_worse_of_two_times():
+    """13 MiB come out of the 14 that were given back."""
     events = (Event(14 * MIB, 0), Event(-14 * MIB, 0), Event(13 * MIB, 1), Event(2 * MIB, 2, frozenset([0])))
     asked, handed = StepTrace(events, 2, {1: "x"}, 1), StepTrace(events, 2, {1: "x"}, 1, caching=True)
     assert asked.peak(()).timeline == (14 * MIB, 0, 13 * MIB, 13 * MIB)
     assert handed.peak(()).timeline == (14 * MIB, 0, 14 * MIB, 14 * MIB) and handed.peak(()).end_bytes == 14 * MIB
     assert asked.worst(1) == (15 * MIB, {0}) and handed.worst(1) == (16 * MIB, {0})
     assert StepTrace.from_dict(handed.to_dict()) == handed
+
+
+@settings(max_examples=examples(60))
+@given(requests=requests)
+def test_no_step_is_handed_out_less_than_it_asks_for(requests):
+    """Each block but every third is given back at once or behind the next one."""
+    events, late = list[Event](), list[Event]()
+    for block, (size, pick) in enumerate(requests):
+        events += [Event(size + 1, block), *late]
+        late = [Event(-size - 1, block)] if block % 3 else []
+        if pick % 2:
+            events += late
+            late = []
+    asked, handed = (StepTrace(tuple(events), 0, {}, 0, caching=caching) for caching in (False, True))
+    first, times = CachingAllocator(), [0, 0]
+    for turn in range(2):
+        held = dict[int, int]()
+        for event in events:
+            if event.delta_bytes > 0:
+                held[event.block] = first.take(event.delta_bytes)
+            else:
+                first.let_go(held.pop(event.block))
+            times[turn] = max(times[turn], first.allocated_bytes)
+        for address in held.values():
+            first.let_go(address)
+    assert asked.peak(()).peak_bytes <= handed.peak(()).peak_bytes == max(times)
+    assert handed.worst(0)[0] == max(times) if events else True

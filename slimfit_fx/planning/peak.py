@@ -8,8 +8,8 @@ Blocks that exist only when certain gates are open name them, so that one trace 
 
 What happens inside a branch counts only for patterns that take the branch.
 
-CUDA's caching allocator hands out more than is asked for (caching_allocator.py). There a pattern's events are replayed
-with it, twice: training repeats its steps, and what the first one left free is what the next one gets.
+CUDA's caching allocator hands out more than is asked for (caching_allocator.py): how much depends on what earlier steps
+left free. A pattern's events are replayed with it twice, from an empty one on, and the worse time counts.
 """
 
 from __future__ import annotations
@@ -93,21 +93,24 @@ class StepTrace:
         return (self._handed_out(chosen) if self.caching else self)._peak(chosen)
 
     def _handed_out(self, chosen: frozenset[int]) -> StepTrace:
-        """The same step, with the bytes that the allocator hands out for it when it comes a second time."""
-        allocator, sizes = CachingAllocator(), dict[int, int]()
+        """The same step, with the bytes that the allocator hands out, the first time or the second."""
+        allocator, tries = CachingAllocator(), list[tuple[int, dict[int, int]]]()
         for _ in range(2):
-            addresses: dict[int, int] = {}
+            addresses, sizes, peak = dict[int, int](), dict[int, int](), 0
             for event in self.events:
                 if happens(event, chosen) and event.delta_bytes > 0:
                     addresses[event.block] = allocator.take(event.delta_bytes)
                     sizes[event.block] = allocator.size_of(addresses[event.block])
+                    peak = max(peak, allocator.allocated_bytes)
                 elif happens(event, chosen):
                     allocator.let_go(addresses.pop(event.block))
             for address in addresses.values():
                 allocator.let_go(address)
+            tries.append((peak, sizes))
+        most = max(tries, key=lambda found: found[0])[1]
 
         def handed_out(event: Event) -> Event:
-            size = sizes.get(event.block, abs(event.delta_bytes))
+            size = most.get(event.block, abs(event.delta_bytes))
             return dataclasses.replace(event, delta_bytes=size if event.delta_bytes > 0 else -size)
 
         return dataclasses.replace(self, events=tuple(map(handed_out, self.events)), caching=False)
