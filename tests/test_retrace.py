@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -28,10 +29,13 @@ def module_of(make, *names: str, submodules: dict[str, torch.nn.Module] | None =
 
 
 def embedding_gradient(graph: fx.Graph, grad: fx.Node, rows: fx.Node) -> tuple[fx.Node, ...]:
-    """Zeros, made without an operand, that rows of a gradient are added to; made twice as views, once as they are."""
+    """Zeros, made without an operand, that rows of a gradient are added to, and other work without operands."""
     zeros = graph.call_function(aten.full.default, ([1000, 8], 0.0), {"dtype": torch.float32, "device": "cpu"})
     order = graph.call_function(aten.arange.default, (1000,), {"device": torch.device("cpu")})
     column = graph.call_function(aten.unsqueeze.default, (order, 1))
+    most = graph.call_function(aten.max.dim, (column, 0))
+    indices = graph.call_function(operator.getitem, (most, 1))
+    column = graph.call_function(aten.sub.Tensor, (column, indices))
     added = graph.call_function(aten.index_put.default, (zeros, [rows], grad, True))
     return graph.call_function(aten.add.Tensor, (added, column)), column, zeros
 

@@ -11,6 +11,8 @@ the entry, and held as long as the compiled graph. Torch's own tracer has two sh
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -35,20 +37,34 @@ class BranchTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """As torch's own; a tensor that the code made is the result of the call that made it, not a constant."""
-        call = self._makers.calls.get(id(a)) if isinstance(a, torch.Tensor) else None
-        if call is None:
+        made = self._makers.made.get(id(a)) if isinstance(a, torch.Tensor) else None
+        if made is None:
             return super().create_arg(a)
-        if call.node is None:
+        if made.call.node is None:
+            call = made.call
             call.node = self.create_proxy("call_function", call.target, call.args, call.kwargs).node
-        return call.node
+        if made.place is None:
+            return made.call.node
+        return self.create_node("call_function", operator.getitem, (made.call.node, made.place), {})
 
 
+@dataclass
 class _Call:
-    """A call that was made while tracing, its result (kept, so that nothing else takes its id), and its node."""
+    """A call that was made while tracing, and its node once there is one."""
 
-    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
-        self.target, self.args, self.kwargs, self.result = target, args, kwargs, result
-        self.node: fx.Node | None = None
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node | None = None
+
+
+@dataclass
+class _Made:
+    """A tensor (kept, so that nothing else takes its id), the call that made it, and its place among the results."""
+
+    tensor: torch.Tensor
+    call: _Call
+    place: int | None
 
 
 class _Makers(TorchDispatchMode):
@@ -56,13 +72,15 @@ class _Makers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[int, _Call] = {}
+        self.made: dict[int, _Made] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.calls[id(result)] = _Call(func, args, dict(kwargs or {}), result)
-        return result
+        results, call = func(*args, **(kwargs or {})), _Call(func, args, dict(kwargs or {}))
+        several = isinstance(results, (tuple, list))
+        for place, result in enumerate(results if several else [results]):
+            if isinstance(result, torch.Tensor):
+                self.made[id(result)] = _Made(result, call, place if several else None)
+        return results
 
 
 def survives_pickling(module: fx.GraphModule) -> None:
