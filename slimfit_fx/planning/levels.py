@@ -5,8 +5,8 @@ whole blocks cost less than that to run again: each level of recompute is planne
 for the one with the fewest bytes at the peak is taken. Products stand for time: they make up nearly all of it where
 there is memory to be saved.
 
-Bytes at the peak are those that the joint graph lets expect (expected_peak.py) of the worst choice of open units: all
-that is saved, and what a block brings back for its own backward. Saved bytes alone mislead: where attention scores
+Bytes at the peak are those that the joint graph lets expect (expected_peak.py) of the worst of some steps: all that is
+saved, and what a block brings back for its own backward. Saved bytes alone mislead: where attention scores
 stand in memory, whole blocks bring so much back that BERT-base takes 1.5 times what it takes if attention's output is
 saved, too. The peak falls where backward begins, or in the first block that runs again: the last blocks, as many as
 save no more than one of them brings back, need not run again (``shrink``).
@@ -49,7 +49,7 @@ class Level:
     saved_bytes: float
     """Expected, where backward begins; infinite if nothing could be planned."""
     peak_bytes: float
-    """Expected, in backward, of the worst choice of open units."""
+    """Expected, in backward, of the worst of some steps."""
     again: float
     """Operations of products that forward ran and backward runs again."""
     spared: float
