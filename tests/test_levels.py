@@ -22,7 +22,7 @@ from slimfit_fx.graph import ops
 from slimfit_fx.passes import pipeline
 from slimfit_fx.planning import levels
 from slimfit_fx.planning.kinds import comes_from_softmax
-from slimfit_fx.planning.levels import Level, choose, shrink, spare
+from slimfit_fx.planning.levels import Level, afford, choose, shrink, spare
 from slimfit_fx.planning.planner import Planning
 from slimfit_fx.planning.prices import Prices
 from slimfit_fx.planning.roofline import Roofline, node_flops
@@ -138,6 +138,37 @@ def test_what_reads_attention_scores_runs_again_in_whole_blocks_only():
 def test_what_is_not_paid_in_all_blocks_runs_again_in_fewer():
     found = [level("cheap", 196.0, 0.0), level("blocks", 50.0, 80.0, working=12.0), level("blocks", 32.0, 95.0)]
     assert choose(found) is found[1]
+
+
+@pytest.mark.parametrize(("again", "share"), [(89.0, None), (91.0, 0.875), (180.0, 0.5), (2000.0, None)])
+def test_what_is_not_paid_in_all_blocks_is_afforded_in_as_many_as_are_paid(again, share, monkeypatch):
+    """Closed units spare 100, of which 90 may be spent; eight blocks run ``again`` together."""
+    first, whole = level("cheap", 80.0, 0.0), level("blocks", 40.0, again)
+    monkeypatch.setattr(levels, "plan_level", lambda s: dataclasses.replace(whole, share=s, again=again * s))
+    found = afford(SimpleNamespace(at_level=lambda _, share, price: share), whole, first)
+    assert [one.share for one in found] == ([] if share is None else [share])
+
+
+def test_a_dearer_level_that_is_paid_is_taken_before_part_of_a_cheaper_one(monkeypatch):
+    """Of whole blocks three of eight are paid, of products all."""
+    by_name = {
+        "cheap": level("cheap", 80.0, 0.0),
+        "products": level("products", 42.0, 89.0),
+        "blocks": level("blocks", 40.0, 240.0),
+    }
+
+    def plan_level(at: tuple[str, float]) -> Level:
+        name, share = at
+        whole = by_name[name]
+        saved = share * whole.saved_bytes + (1 - share) * 80.0
+        return dataclasses.replace(whole, share=share, again=share * whole.again, saved_bytes=saved, peak_bytes=saved)
+
+    monkeypatch.setattr(levels, "plan_level", plan_level)
+    monkeypatch.setattr(levels, "_faster", lambda *_: None)
+    planner = SimpleNamespace(at_level=lambda name, share=1.0, product_price=1.0: (name, share))
+    assert '"auto": products,' in levels.plan_paid(RECOMPUTE, planner).note
+    del by_name["products"]
+    assert '"auto": blocks in the first 38%' in levels.plan_paid(("cheap", "blocks"), planner).note
 
 
 def test_a_level_is_as_dear_as_what_it_loses():

@@ -130,17 +130,27 @@ def spare(planner: Planner, level: Level, first: Level) -> list[Level]:
     return [fewer, level] if level.cost < _WORTH_ITS_TIME * fewer.cost else [fewer]
 
 
+def afford(planner: Planner, level: Level, first: Level) -> list[Level]:
+    """``level`` in as many of the blocks as the closed units pay for, if they do not pay for all of its blocks."""
+    if _is_paid(level, first) or not level.blocks:
+        return []
+    paid = level.blocks * level.share * _SHARE_SPENT * first.spared / (level.again - first.again)
+    for count in range(int(paid), 0, -1):
+        fewer = plan_level(planner.at_level(level.name, count / level.blocks, level.product_price))
+        if _is_paid(fewer, first):
+            return [fewer]
+    return []
+
+
+def _is_paid(level: Level, first: Level) -> bool:
+    """``first`` costs nothing extra by definition: others are held against it."""
+    return level is first or (level.blocks > 0 and level.again - first.again <= _SHARE_SPENT * first.spared)
+
+
 def choose(found: Sequence[Level]) -> Level:
-    """Of levels in rising order of recompute the one that costs least among those the closed units pay for.
-
-    The first costs nothing extra by definition: others are held against it.
-    """
+    """Of levels in rising order of recompute the one that costs least among those the closed units pay for."""
     first = found[0]
-
-    def is_paid(level: Level) -> bool:
-        return level is first or (level.blocks > 0 and level.again - first.again <= _SHARE_SPENT * first.spared)
-
-    return min(filter(is_paid, found), key=lambda level: level.cost)
+    return min((level for level in found if _is_paid(level, first)), key=lambda level: level.cost)
 
 
 def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
@@ -149,9 +159,10 @@ def plan_paid(names: Sequence[str], planner: Planner) -> Planning:
     first, *more = (plan_level(planner.at_level(name, product_price=price)) for name, price in steps)
     chosen = first
     for level in sorted(more, key=lambda level: level.cost):
-        chosen = choose([first, *spare(planner, level, first)])
-        if chosen is not first:  # the others cost more: they are not planned again in fewer blocks
+        if chosen is not first and level.cost >= chosen.cost:  # in fewer blocks it hardly costs less
             break
+        fewer = spare(planner, level, first)
+        chosen = choose([first, chosen, *fewer, *(one for other in fewer[:1] for one in afford(planner, other, first))])
     if chosen is first:
         return chosen.planning
     note = f'recompute "auto": {chosen.name}'
