@@ -7,9 +7,10 @@ closed, and the bound for any choice of units; nothing is trained.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -49,31 +50,39 @@ def weighed(case: Case, preset: str) -> list[Level]:
     return found
 
 
+@contextlib.contextmanager
+def watched_traces() -> Iterator[list[StepTrace]]:
+    """The memory events of each step that is planned with its peak in here."""
+    session = importlib.import_module("slimfit_fx.session")  # the package has a function of that name
+    usual, traces = session.forecast, list[StepTrace]()
+
+    def forecast(trace: StepTrace, *given: Any) -> PeakForecast:
+        traces.append(trace)
+        return usual(trace, *given)
+
+    with mock.patch.object(session, "forecast", forecast):
+        yield traces
+
+
+def peak_of_visits(trace: StepTrace, freeze_rate: float) -> int:
+    """Bytes at the peak of the worst of the steps that an expected peak is of."""
+    return max(trace.peak(gates).peak_bytes for gates in visits(trace.gate_bytes, freeze_rate))
+
+
 def row_of(case: Case, preset: str, level: Level) -> dict[str, Any]:
     """One level, expected and as Inductor's code has it; megabytes."""
     config = Config(preset=preset, recompute=level.name, recompute_share=level.share)  # type: ignore[arg-type]
-    session = importlib.import_module("slimfit_fx.session")  # the package has a function of that name
-    usual, usual_forecast = pipeline.make_planner, session.forecast
+    usual = pipeline.make_planner
 
     def make_planner(*given: Any) -> Planner:
         planner = usual(*given)
         planner.product_price = level.product_price
         return planner
 
-    traces: list[StepTrace] = []
-
-    def forecast(trace: StepTrace, *given: Any) -> PeakForecast:
-        traces.append(trace)
-        return usual_forecast(trace, *given)
-
-    with (
-        mock.patch.object(pipeline, "make_planner", make_planner),
-        mock.patch.object(session, "forecast", forecast),
-    ):
+    with mock.patch.object(pipeline, "make_planner", make_planner), watched_traces() as traces:
         peak = slimfit_fx.plan(build_model(case), config=config, peak=True, **make_batch(case)).peak
     assert peak is not None
-    trace = traces[-1]
-    worst = max(trace.peak(gates).peak_bytes for gates in visits(trace.gate_bytes, config.freeze_rate))
+    worst = peak_of_visits(traces[-1], config.freeze_rate)
     return {
         "recompute": level.name,
         "price of products": level.product_price,

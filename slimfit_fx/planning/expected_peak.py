@@ -44,18 +44,18 @@ def expected_peak(planner: Planner, cut: Cut) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def visits(gate_bytes: tuple[int, ...], freeze_rate: float) -> list[frozenset[int]]:
+def visits(gate_bytes: tuple[int, ...], freeze_rate: float) -> tuple[frozenset[int], ...]:
     """The gates that are open in each step until every one was, several times over, and no gates.
 
     ``gate_bytes``: of the gradients of each gate; gates without any stay closed.
     """
     units = [UnitInfo(str(gate), 0, size) for gate, size in enumerate(gate_bytes) if size]
-    opened = len(units) - int(freeze_rate * len(units))
+    opened = max(1, len(units) - int(freeze_rate * len(units)))
     found = [frozenset[int]()]
     for seed in range(_ROUNDS):
-        order = [int(name) for name in first_visits(units, max(1, opened), seed)]
-        found += [frozenset(order[i : i + opened]) for i in range(0, len(order), max(1, opened))]
-    return found
+        order = [int(name) for name in first_visits(units, opened, seed)]
+        found += [frozenset(order[i : i + opened]) for i in range(0, len(order), opened)]
+    return tuple(found)
 
 
 def expected_backward(planner: Planner, cut: Cut) -> StepTrace:

@@ -2,13 +2,13 @@
 
 A closed unit saves the product of its weight's gradient. With r of the units closed, that is up to r/3 of the step, and
 whole blocks cost less than that to run again: each level of recompute is planned, and of those whose products are paid
-for the one with the fewest bytes at the peak is taken. Products stand for time: they make up nearly all of it where
-there is memory to be saved.
+for the one with the fewest bytes at the peak is taken, or one in as many of the blocks as are paid for (``afford``).
+Products stand for time: they make up nearly all of it where there is memory to be saved.
 
 Bytes at the peak are those that the joint graph lets expect (expected_peak.py) of the worst of some steps: all that is
-saved, and what a block brings back for its own backward. Saved bytes alone mislead: where attention scores
-stand in memory, whole blocks bring so much back that BERT-base takes 1.5 times what it takes if attention's output is
-saved, too. The peak falls where backward begins, or in the first block that runs again: the last blocks, as many as
+saved, and what a block brings back for its own backward. Saved bytes alone mislead: where attention scores stand in
+memory, whole blocks bring so much back that BERT-base takes 1.5 times what it takes if attention's output is saved,
+too. The peak falls where backward begins, or in the first block that runs again: the last blocks, as many as
 save no more than one of them brings back, need not run again (``shrink``).
 
 Accuracy has a price, too: a level counts with its bytes times 1 + the relative gradient error to expect of its codecs.
