@@ -41,6 +41,9 @@ from slimfit_fx.runtime.steps import StepTracker
 from slimfit_fx.schedule import Scheduler
 from slimfit_fx.units import GateUnit
 
+_WORTH_SAYING_MS = 0.1
+"""Less than a step takes before its first kernel runs."""
+
 
 class Session:
     """One optimized model. Get it with ``slimfit_fx.session(model)``."""
@@ -377,7 +380,7 @@ def needless_recompute(plan: MemoryPlan, *, accumulates: bool = False) -> list[s
     step, faster = plan.timeline, plan.faster
     if accumulates or faster is None or step is None or step.phase != "optimizer step":
         return []
-    if not 0 < faster.more_bytes <= step.highest_bytes - step.peak_bytes:
+    if faster.less_ms < _WORTH_SAYING_MS or not 0 < faster.more_bytes <= step.highest_bytes - step.peak_bytes:
         return []
     error = plan.expected_gradient_error or 0.0
     loses = f", with a gradient error of {faster.gradient_error:.2g} to expect" * (faster.gradient_error > error)

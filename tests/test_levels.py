@@ -282,6 +282,8 @@ def test_the_plan_says_where_recompute_buys_nothing(peak, more, error, says):
     found = needless_recompute(merged(peak=peak, update=100, faster=Faster("cheap", more, 12.0, error)))
     assert (found == []) if says is None else (says in found[0] and 'recompute="cheap"' in found[0])
     assert needless_recompute(merged(peak=peak, update=100, faster=None)) == []
+    hardly = Faster("cheap", more, 0.09, error)
+    assert needless_recompute(merged(peak=peak, update=100, faster=hardly)) == [], "who would notice"
     plan = merged(peak=peak, update=100, faster=Faster("cheap", more, 12.0, error))
     assert needless_recompute(plan, accumulates=True) == [], "gradients of earlier micro-batches are there, too"
 
