@@ -385,12 +385,19 @@ def inputs(spec: Spec, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def specs(
-    draw: st.DrawFn, *, sizes: tuple[str, ...] = ("static", "static", "static", "batch", "all"), max_layers: int = 4
+    draw: st.DrawFn,
+    *,
+    sizes: tuple[str, ...] = ("static", "static", "static", "batch", "all"),
+    max_layers: int = 4,
+    repeats: tuple[int, ...] = (1, 1, 3),
 ) -> Spec:
-    """Small valid models, some of identical blocks; shrinks towards one linear layer with static sizes."""
+    """Small valid models, some of identical blocks; shrinks towards one linear layer with static sizes.
+
+    Up to half of ``max_layers`` are repeated, as often as one of ``repeats`` says.
+    """
     layers = tuple(draw(st.lists(st.sampled_from(tuple(LAYERS)), min_size=1, max_size=max_layers)))
     if len(layers) <= max_layers // 2:
-        layers *= draw(st.sampled_from((1, 1, 3)))
+        layers *= draw(st.sampled_from(repeats))
     places = st.integers(0, len(layers) - 1)
     spec = Spec(
         layers=layers,

@@ -18,6 +18,7 @@ from slimfit_fx.graph.joint import STATIC, JointGraph, backward_closure, forward
 from slimfit_fx.passes.liveness import SERVES
 from slimfit_fx.passes.outline_repeats import outline_repeats
 from slimfit_fx.presets import RECOMPUTE_SHARES
+from slimfit_fx.schedule import OpenScheduler
 
 REWRITES = (
     "simplify_joint",
@@ -91,6 +92,43 @@ def test_gradients_are_those_of_torch(spec, seed, again):
     assert differences(expected, grads) == []
     buffers = dict(model.named_buffers())
     assert all(torch.equal(b, buffers[n]) for n, b in reference.named_buffers())
+    alike_whatever_is_closed(spec, model, session, seed, expected_loss, expected)
+    assert session.recompiles == 0
+
+
+class StaysOpen(OpenScheduler):
+    """Opens every unit, under a freeze rate: plans reckon with closed units, and the test says which are."""
+
+
+PAID = (
+    Spec(("fused attention", "layernorm") * 3),
+    Spec(("attention masked by content", "gelu") * 3),
+    Spec(("attention that is handed a causal mask", "masked") * 3),
+)
+"""Products or blocks of these run again, in the examples below."""
+
+
+@settings(max_examples=examples(20))
+@given(
+    spec=specs(max_layers=4, repeats=(2, 3, 4)),
+    preset=st.sampled_from(("exact", "balanced", "max")),
+    rate=st.sampled_from((0.7, 0.95)),
+    seed=st.integers(0, 2**16),
+)
+@example(spec=PAID[0], preset="exact", rate=0.7, seed=0)
+@example(spec=PAID[1], preset="exact", rate=0.95, seed=1)
+@example(spec=PAID[2], preset="balanced", rate=0.7, seed=2)
+def test_whatever_auto_runs_again_changes_no_gradient(spec, preset, rate, seed):
+    """Levels that closed units pay for: bits of torch without codecs, with them those of all gates open."""
+    torch._dynamo.reset()
+    model, session = ours(
+        spec, preset=preset, scheduler=StaysOpen, freeze_rate=rate, recompute="auto", debug=seed % 2 == 0
+    )
+    expected_loss, expected = run(spec, model, model)
+    assert any('recompute "auto"' in note for note in session.plan.notes) or spec not in PAID
+    if preset == "exact":
+        reference = build(spec)
+        expected_loss, expected = run(spec, compile_reference(reference, dynamic=spec.dynamic), reference)
     alike_whatever_is_closed(spec, model, session, seed, expected_loss, expected)
     assert session.recompiles == 0
 
