@@ -56,14 +56,18 @@ class Block:
     replayed: dict[int, tuple[int, ...]]
 
 
-def outline_repeats(module: fx.GraphModule) -> int:
-    """Replace repeated stretches of ``module`` by calls of blocks. Returns how many calls there are now."""
+def outline_repeats(module: fx.GraphModule, *, spare_kernels: bool = False) -> int:
+    """Replace repeated stretches of ``module`` by calls of blocks. Returns how many calls there are now.
+
+    Blocks end where the fewest bytes cross their border; ``spare_kernels``: where it cuts through no kernel, if it can.
+    That is faster, and in a forward it takes no more memory: what crosses is there anyway. In a backward it may.
+    """
     graph = module.graph
     todo = list(_stretches(graph))
     calls, blocks = 0, 0
     while todo:
         nodes = todo.pop()
-        block = _find_block(graph, nodes)
+        block = _find_block(graph, nodes, spare_kernels)
         if block is None:
             continue
         _replace(module, block, f"block_{blocks}")
@@ -101,11 +105,11 @@ def _keeps_its_place(node: fx.Node) -> bool:
 
 
 # -- deciding ----------------------------------------------------------------------------------------------------------
-def _find_block(graph: fx.Graph, nodes: Sequence[fx.Node]) -> Block | None:
+def _find_block(graph: fx.Graph, nodes: Sequence[fx.Node], spare_kernels: bool) -> Block | None:
     run = find_run(nodes, fewest_saved=FEWEST_SAVED)
     if run is None:
         return None
-    for windows in itertools.islice(cuts(nodes, run), _CUTS_TRIED):
+    for windows in itertools.islice(cuts(nodes, run, kernels_first=spare_kernels), _CUTS_TRIED):
         block = _block_of(graph, windows)
         if isinstance(block, Block):
             return block

@@ -244,7 +244,7 @@ def _describe(work: Work) -> int:
 
 
 def _outline(seam: Seam) -> int:
-    return outline_repeats(seam.forward) + outline_repeats(seam.backward)
+    return outline_repeats(seam.forward, spare_kernels=True) + outline_repeats(seam.backward)
 
 
 def _split(work: Work) -> int:

@@ -117,10 +117,52 @@ def test_two_towers_become_two_blocks():
     for _ in range(4):
         x = s.call(ADD, s.call(MUL, s.call(MM, x, w), 2.0), x)
     for _ in range(4):
-        y = s.call(ATEN.tanh.default, s.call(MM, s.call(NEG, y), w))
+        y = s.call(ATEN.tanh.default, s.call(MM, y, w))
     module = s.returns(x, y)
     assert outline_repeats(module) == 8
     assert {c.args[0].target for c in calls(module.graph, INVOKE)} == {"block_0", "block_1"}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_no_kernel_is_cut_in_two(kept):
+    """What is cheap stays with what reads it up to the next product, though some layers' ends are left over then."""
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    results = []
+    for _ in range(5):
+        x = s.call(ATEN.tanh.default, x)
+        results += [x] * kept
+        x = s.call(ATEN.exp.default, s.call(MM, s.call(ATEN.view.default, x, [6, 4]), w))
+    module = s.returns(x, *results)
+    assert outline_repeats(module) == 4
+    (body,) = [part for _, part in module.named_children()]
+    order = [n.target for n in body.graph.nodes if n.op == "call_function" and n.target is not ATEN.view.default]
+    assert order == [MM, ATEN.exp.default, ATEN.tanh.default]
+
+
+def test_a_kernel_ends_at_a_product_on_another_way():
+    """``add`` reads the layer's input, but not in the kernel that made it: a product lies between."""
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    for _ in range(5):
+        x = s.call(ATEN.exp.default, s.call(ADD, s.call(MM, x, w), x))
+    module = s.returns(x)
+    assert outline_repeats(module) == 5
+    (body,) = [part for _, part in module.named_children()]
+    assert [n.target for n in body.graph.nodes if n.op == "call_function"] == [MM, ADD, ATEN.exp.default]
+
+
+@pytest.mark.parametrize(("spare_kernels", "first"), [(False, ATEN.tanh.default), (True, MM)])
+def test_bytes_or_kernels_are_spared(spare_kernels, first):
+    """``tanh`` is one kernel with the sum in front of it, but behind it two values cross the border."""
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    for _ in range(5):
+        x = s.call(ADD, s.call(MM, s.call(ATEN.tanh.default, x), w), x)
+    module = s.returns(x)
+    assert outline_repeats(module, spare_kernels=spare_kernels) >= 4
+    (body,) = [part for _, part in module.named_children()]
+    assert next(n.target for n in body.graph.nodes if n.op == "call_function") is first
 
 
 def test_symbolic_sizes_are_operands():

@@ -14,6 +14,7 @@ from torch import fx
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
 from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.fallbacks import register_fallbacks
+from slimfit_fx.capture.operands import checked_when_written
 from slimfit_fx.capture.partitioner import GatedPartitioner
 from slimfit_fx.graph.joint import module_path
 from slimfit_fx.passes.insert_codecs import ENCODED
@@ -107,7 +108,8 @@ def _inner_compile(codes: list[StepCode], dry: bool, key: str) -> Callable[..., 
         from torch._inductor.compile_fx import compile_fx_inner
 
         graph = copy_ends(module.graph)
-        with gradients_weigh_nothing(), nothing_loaded() if dry else contextlib.nullcontext():
+        loads = nothing_loaded() if dry else contextlib.nullcontext()
+        with gradients_weigh_nothing(), checked_when_written(), loads:
             compiled = compile_fx_inner(module, example_inputs, **kwargs)
         source = getattr(compiled, "source_code", None)
         if source:

@@ -9,11 +9,12 @@ comes from outside of it in both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import node_text
 from slimfit_fx.graph.joint import nbytes
 
@@ -43,18 +44,22 @@ def find_run(nodes: Sequence[fx.Node], *, fewest_saved: int) -> Run | None:
     return best if best is not None and best.saved >= fewest_saved else None
 
 
-def cuts(nodes: Sequence[fx.Node], run: Run) -> Iterator[list[Window]]:
+def cuts(nodes: Sequence[fx.Node], run: Run, *, kernels_first: bool = False) -> Iterator[list[Window]]:
     """All ways to cut ``run`` into windows of one period, the one that cuts through the fewest bytes first.
 
     Windows that are not wired like the others are left out; what is given is the longest row of alike neighbours.
+    Where equal bytes are cut through, those count that cross within a kernel, which a compiler would fuse of both
+    sides; ``kernels_first``: these count first.
     """
-    crossing = _crossing_bytes(nodes)
+    crossing = _crossing_bytes(nodes, lambda *_: True)
+    within = _crossing_bytes(nodes, _fused(nodes))
+    bytes_at = list(zip(within, crossing, strict=True) if kernels_first else zip(crossing, within, strict=True))
     middle = (run.start + run.stop) // 2 // run.period * run.period
     count = (run.stop - run.start) // run.period
 
-    def price(offset: int) -> tuple[int, int]:
+    def price(offset: int) -> tuple[tuple[int, int], int]:
         place = min(max(run.start, middle + (run.start + offset) % run.period), run.stop)
-        return crossing[place], offset
+        return bytes_at[place], offset
 
     for offset in sorted(range(run.period), key=price):
         starts = range(run.start + offset, run.stop - run.period + 1, run.period)
@@ -105,12 +110,12 @@ def _runs(kinds: Sequence[int], period: int) -> Iterator[Run]:
             start = None
 
 
-def _crossing_bytes(nodes: Sequence[fx.Node]) -> list[int]:
-    """For each place, the bytes of values that are made before it and read at it or behind it."""
+def _crossing_bytes(nodes: Sequence[fx.Node], counts: Callable[[fx.Node, fx.Node], bool]) -> list[int]:
+    """For each place, the bytes of values that are made before it and read at it or behind it, by users that count."""
     position = {node: index for index, node in enumerate(nodes)}
     change = [0] * (len(nodes) + 2)
     for index, node in enumerate(nodes):
-        last = max((position[user] for user in node.users if user in position), default=index)
+        last = max((position[user] for user in node.users if user in position and counts(node, user)), default=index)
         if last > index:
             size = max(1, nbytes(node))
             change[index + 1] += size
@@ -120,6 +125,23 @@ def _crossing_bytes(nodes: Sequence[fx.Node]) -> list[int]:
         alive += step
         crossing.append(alive)
     return crossing
+
+
+def _fused(nodes: Sequence[fx.Node]) -> Callable[[fx.Node, fx.Node], bool]:
+    """Whether a compiler may make one kernel of a node and one that reads it.
+
+    It may if both are cheap, and no product lies on another way from the one to the other.
+    """
+    is_cheap: dict[fx.Node, bool] = {}
+    depth: dict[fx.Node, int] = {}  # products on the longest way to the node
+    for node in nodes:
+        sources = [argument for argument in arguments_of(node) if argument in depth]
+        if sources and (ops.is_view(node) or ops.is_getitem(node)):
+            is_cheap[node], depth[node] = is_cheap[sources[0]], depth[sources[0]]
+            continue
+        is_cheap[node] = ops.is_cheap(node) or ops.is_random(node)
+        depth[node] = max((depth[s] + (not (is_cheap[node] and is_cheap[s])) for s in sources), default=0)
+    return lambda node, user: is_cheap[node] and is_cheap[user] and depth[node] == depth[user]
 
 
 def _alike_neighbours(windows: list[Window]) -> list[Window]:
