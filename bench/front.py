@@ -4,6 +4,8 @@ One plot per model (PNG, and the data as JSON beside it) with the Pareto front d
 The goal is that no rival's point lies beyond ours. On a GPU both are measured. On a CPU they are predicted: memory by
 dry runs, throughput by what a roofline expects of forward and backward; ``--how measured`` measures there, too, with
 the batch cut to ``--tokens``, but times of one process after the other differ by a quarter on the machines we had.
+``python -m bench.emulated_gpu -m bench front --how predicted`` predicts those of a GPU: its kernels, by the rates of an
+H200, as if nothing was lost between them.
 Cells are those of ``python -m bench memory`` and stored with them, but for those that are measured on a CPU.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,14 +150,17 @@ def title_of(model: str, cell: Cell) -> str:
     case = cell.case
     size = f"{case.resolution} pixels" if model == "vit" else f"length {case.length}"
     name = {"bert": "BERT-base", "vit": "ViT-B/16"}[model]
-    source = "measured" if cell.how == "measured" else "predicted (throughput: roofline, forward and backward)"
+    launches = ", without launches" * (torch.device(cell.device).type == "cuda")
+    predicted = f"predicted (throughput: roofline, forward and backward{launches})"
+    source = "measured" if cell.how == "measured" else predicted
     return f"{name}, batch {case.batch}, {size}, {case.dtype}, {torch.device(cell.device).type}: {source}"
 
 
 def front_store(device: str, how: str) -> Store:
-    """Return where the cells lie: those that are timed on a CPU have a file of their own."""
-    on_cpu = torch.device(device).type == "cpu"
-    return Store(report.RESULTS / "points-cpu.json") if on_cpu and how == "measured" else store_of(device)
+    """Return where the cells lie: with those of the tables, or, if these have no such figures, in their own file."""
+    kind = torch.device(device).type
+    is_apart = (kind, how) in {("cpu", "measured"), ("cuda", "predicted")}
+    return Store(report.RESULTS / f"points-{kind}.json") if is_apart else store_of(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,9 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     for model in options.models:
         chosen = cells(model, dtype=options.dtype, device=options.device, how=options.how, tokens=options.tokens)
+        lacks = _other_rates(options.device) if options.how == "predicted" else lambda row: False
         progress = run_tasks(
             [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
-            again=options.again, lacks=_by_other_rates if options.how == "predicted" else lambda row: False,
+            again=options.again, jobs=options.jobs, lacks=lacks,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
         print_progress(progress, store.rows)
@@ -176,10 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if options.check else 0
 
 
-def _by_other_rates(row: Mapping[str, Any]) -> bool:
+def _other_rates(device: str) -> Callable[[Mapping[str, Any]], bool]:
     """Whether the throughput of a stored result was expected by other rates than this machine's."""
-    here = asdict(roofline_of(torch.device("cpu")))
-    return "figures" in row and row["figures"].get("roofline") != here
+    here = asdict(roofline_of(torch.device(device)))
+    return lambda row: "figures" in row and row["figures"].get("roofline") != here
 
 
 def _publish(title: str, points: Sequence[Point], sources: Sequence[str], model: str, options: Any) -> int:
@@ -207,11 +213,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop in time; run again to go on")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one point may take")
     parser.add_argument("--again", action="store_true", help="also what is stored already")
+    parser.add_argument("--jobs", type=int, default=1, help="points side by side, where they are predicted")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a rival's point lies beyond ours")
     options = parser.parse_args(arguments)
     on_gpu = torch.device(options.device).type == "cuda"
     options.dtype = options.dtype or ("tf32" if on_gpu else "fp32")
     options.how = options.how or ("measured" if on_gpu else "predicted")
+    if options.jobs > 1 and options.how != "predicted":
+        parser.error(f"--jobs {options.jobs}: what is {options.how} runs one by one, for the sake of times")
     return options
 
 

@@ -5,7 +5,8 @@
   (``slimfit_fx.planning.update.count_bytes``). What an operator takes for itself is not seen there: ``python -m bench
   memory --validate`` holds predictions against the allocator.
 
-All are predictions of the CPU's kernels. A prediction is never mixed with what was measured.
+Predictions are of the kernels of the case's device, which must be there, if only emulated (bench/emulated_gpu): a dry
+run asks it for its properties. A prediction is never mixed with what was measured.
 """
 
 from __future__ import annotations
@@ -54,14 +55,20 @@ def predict(name: str, case: Case, settings: Settings) -> Prediction:
     """Predict a step of the rival called ``name``; nothing is allocated but a few parameters' worth of host memory.
 
     Raises:
-        ValueError: the model cannot be captured, or nothing fits the rival's budget.
+        ValueError: the model cannot be captured, nothing fits the rival's budget, or the device is not there.
     """
+    from slimfit_fx.capture.off_meta import off_meta
+
     rival = rival_of(name)
     case = rival.case(case)
+    device = torch.device(case.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU's kernels are predicted where there is one, or with python -m bench.emulated_gpu")
     without_values = replace(case, device="meta")
     with torch.device("meta"):
         model = adapted(rival, build_model(without_values))
-    batch = make_batch(without_values)
+    with off_meta(model, (), make_batch(without_values), device=device) as (model, _, batch):
+        pass  # fake tensors of the device
     if rival.preset is not None:
         return _ours(rival, model, batch, case, settings)
     if rival.compiled:
@@ -83,7 +90,7 @@ def _eager(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Prediction
         step_bytes = count_bytes(lambda: _train(fake, inputs, case))
         with noted:
             _train(fake, inputs, case)
-    return _expected(_plain(model, batch, step_bytes), noted.work)
+    return _expected(_plain(model, batch, step_bytes), noted.work, case.device)
 
 
 class _WorkNotes(TorchDispatchMode):
@@ -111,9 +118,9 @@ def _is_view(func: Any) -> bool:
     return func is torch.ops.aten._unsafe_view.default or any(info and not info.is_write for info in infos)
 
 
-def _expected(found: Prediction, work: Sequence[Work], open_share: float = 0.0) -> Prediction:
-    """``found`` with how long the roofline of this machine expects forward and backward to take."""
-    roofline = roofline_of(torch.device("cpu"))
+def _expected(found: Prediction, work: Sequence[Work], device: str, open_share: float = 0.0) -> Prediction:
+    """``found`` with how long the roofline of the device expects forward and backward to take."""
+    roofline = roofline_of(torch.device(device))
     return replace(found, expected_ms=roofline.expected_ms(work, open_share), roofline=asdict(roofline))
 
 
@@ -134,7 +141,7 @@ def _compiled(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Ca
         trace = Rehearsal(model, (), faked=True).plain_trace((), batch)
     if trace is None:
         raise ValueError("no graph that trains was captured")
-    return _expected(_plain(model, batch, trace.peak(()).peak_bytes), trace.work)
+    return _expected(_plain(model, batch, trace.peak(()).peak_bytes), trace.work, case.device)
 
 
 def _plain(model: nn.Module, batch: dict[str, Tensor], step_bytes: int) -> Prediction:
@@ -170,4 +177,4 @@ def _ours(rival: Rival, model: nn.Module, batch: dict[str, Tensor], case: Case, 
         trace.worst(opened, fixed.most_open_bytes)[0],
         fixed.update, chosen=next((graph.chosen.label for graph in graphs if graph.chosen is not None), None),
     )  # fmt: skip
-    return _expected(found, trace.work, opened / max(1, len(units)))
+    return _expected(found, trace.work, case.device, opened / max(1, len(units)))

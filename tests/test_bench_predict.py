@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from bench import cells, headline, smoke
 from bench import predict as predictions
@@ -55,7 +57,7 @@ def test_no_step_of_ours_takes_more_than_was_predicted():
 
 def expected_work(name: str) -> Any:
     """What the kernels of a step do."""
-    with mock.patch.object(predictions, "_expected", lambda found, work, open_share=0.0: work):
+    with mock.patch.object(predictions, "_expected", lambda found, work, *_, **__: work):
         return predict(name, BERT, Settings())
 
 
@@ -179,3 +181,9 @@ def test_rivals_of_one_process_do_not_run_each_others_graphs():
         trainee.clear()
         saved[name] = measure_step(trainee, timeline=False)[0]["saved_bytes"]
     assert saved["compile"] > saved["activation-budget-0.5"] > saved["activation-budget-0.1"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_device_that_is_not_there_is_not_predicted():
+    with pytest.raises(ValueError, match="predicted where there is one, or with python -m bench.emulated_gpu"):
+        predict("eager", replace(BERT, device="cuda"), Settings())

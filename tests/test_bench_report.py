@@ -294,6 +294,17 @@ def test_what_a_front_measures_on_a_cpu_is_cut_timed_and_kept_apart(folder, monk
     assert {(c.batch, c.steps) for c in on_gpu} == {(None, Cell.steps)}, "the table's own cells"
     assert front.front_store("cpu", "measured").path != front.front_store("cpu", "predicted").path
     assert front.front_store("cuda", "measured").path == folder / "twelve-cuda.json"
+    assert front.front_store("cuda", "predicted").path == folder / "points-cuda.json"
+    predicted = front.cells("vit", dtype="tf32", device="cuda", how="predicted")[0]
+    assert "predicted (throughput: roofline" in (title := front.title_of("vit", predicted)) and "launches" in title
+    assert "launches" not in front.title_of("vit", on_gpu[0])
+
+
+def test_points_whose_times_are_measured_run_one_by_one(capsys):
+    assert front.parse(["--device", "cpu", "--jobs", "2"]).jobs == 2
+    with pytest.raises(SystemExit):
+        front.parse(["--device", "cpu", "--how", "measured", "--jobs", "2"])
+    assert "one by one" in capsys.readouterr().err
 
 
 # ---- the other sections
