@@ -24,6 +24,7 @@ from tabulate import tabulate
 
 from bench import report
 from bench.cells import HOW, Cell, Figures, figures_of, scaled
+from bench.models import set_up
 from bench.paper_table import store_of
 from bench.rivals import ACTIVATION_BUDGETS, PRESETS, preset_of
 from bench.tasks import Store, machines, print_progress, run_tasks
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     for model in options.models:
         chosen = cells(model, dtype=options.dtype, device=options.device, how=options.how, tokens=options.tokens)
-        lacks = _other_rates(options.device) if options.how == "predicted" else lambda row: False
+        lacks = _other_rates(options.device, options.dtype) if options.how == "predicted" else lambda row: False
         progress = run_tasks(
             [cell.as_task(options.limit) for cell in chosen], store, device=options.device, minutes=options.minutes,
             again=options.again, jobs=options.jobs, lacks=lacks,
@@ -182,8 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if options.check else 0
 
 
-def _other_rates(device: str) -> Callable[[Mapping[str, Any]], bool]:
+def _other_rates(device: str, dtype: str) -> Callable[[Mapping[str, Any]], bool]:
     """Whether the throughput of a stored result was expected by other rates than this machine's."""
+    set_up(dtype)  # rates depend on it
     here = asdict(roofline_of(torch.device(device)))
     return lambda row: "figures" in row and row["figures"].get("roofline") != here
 

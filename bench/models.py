@@ -90,12 +90,17 @@ def make_case(model: str, **settings: Any) -> Case:
     return Case(model=model, **{**_DEFAULTS[model], **given})
 
 
-def build_model(case: Case, *, seed: int = 0) -> nn.Module:
-    """Return the model of ``case`` in training mode on its device, weights drawn with ``seed``."""
+def set_up(dtype: str) -> None:
+    """Make this process compute as cases of ``dtype`` do."""
     if emulated_gpu.is_active():
         emulated_gpu.prepare()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
+def build_model(case: Case, *, seed: int = 0) -> nn.Module:
+    """Return the model of ``case`` in training mode on its device, weights drawn with ``seed``."""
+    set_up(case.dtype)
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     build = {"bert": _build_bert, "vit": _build_vit, "gpt2": _build_gpt2, "llama": _build_llama}[case.model]
     model = build(case)
     return model.to(case.device).train()

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import front, lossless, paper_table, render, report, sections, twelve
 from bench.cells import Cell
 from bench.front import Point
 from bench.settings import TASKS
+from slimfit_fx.planning.roofline import Roofline
 
 _MACHINE = {"cpu": "A", "torch_threads": 2, "python": "3", "versions": {"torch": "9"}, "gpu": {"name": "G"}}
 _PEAKS = "memory-bert-{}layers-batch16-len128-fp32-cpu.json"
@@ -305,6 +307,25 @@ def test_points_whose_times_are_measured_run_one_by_one(capsys):
     with pytest.raises(SystemExit):
         front.parse(["--device", "cpu", "--how", "measured", "--jobs", "2"])
     assert "one by one" in capsys.readouterr().err
+
+
+def test_rates_are_asked_in_the_precision_of_the_points(monkeypatch):
+    asked = []
+
+    def rates(_device):
+        asked.append(torch.get_float32_matmul_precision())
+        return Roofline({"float32": 1.0}, 2.0)
+
+    monkeypatch.setattr(front, "roofline_of", rates)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for dtype in ("tf32", "fp32"):
+            lacks = front._other_rates("cpu", dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == ["high", "highest"]
+    row = {"figures": {"roofline": {"flops_per_s": {"float32": 1.0}, "bytes_per_s": 2.0}}}
+    assert not lacks(row) and lacks({"figures": {"roofline": None}}) and not lacks({"error": "does not fit"})
 
 
 # ---- the other sections

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from bench.measure import step_peak
 from slimfit_fx.planning.blocks import Meter, TensorSpec, storage_bytes
-from slimfit_fx.planning.dry_run import GeneratedCode, load_wrapper, num_tangents
+from slimfit_fx.planning.dry_run import GeneratedCode, _num_generators, load_wrapper, num_tangents
 from slimfit_fx.planning.peak import Event, StepTrace, forecast, join
 from slimfit_fx.planning.stand_ins import DryRun
 
@@ -352,3 +353,9 @@ def test_a_graph_that_never_ran_backward_is_not_known():
     session.backend.graphs[0].codes.pop()
     assert session.plan.peak is None and "run one training step" in session.plan.peak_unknown
     assert "Step peak: not known" in str(session.plan)
+
+
+def test_generators_are_no_saved_values():
+    """A GPU's checkpointing hands backward the states that forward drew its dropout with, behind the tangents."""
+    code = SimpleNamespace(names=("primals_1", "mm", "tangents_1", "bwd_rng_state_0", "bwd_rng_state_1"))
+    assert (num_tangents(code), _num_generators(code)) == (1, 2)

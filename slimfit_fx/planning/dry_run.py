@@ -119,6 +119,11 @@ def num_tangents(code: StepCode) -> int:
     return sum(name.startswith("tangents") for name in code.names)
 
 
+def _num_generators(code: StepCode) -> int:
+    """How many states of random generators arrive behind the tangents: a GPU's, to draw once more what forward drew."""
+    return sum(name.startswith("bwd_rng_state") for name in code.names)
+
+
 def trace_step(
     forward: StepCode, backward: StepCode, layout: GateLayout, *, passed_on: frozenset[int] = frozenset()
 ) -> StepTrace:
@@ -135,8 +140,7 @@ def trace_step(
     run = DryRun(meter)
     inputs = [run.input(x, gate=layout.gate_at(i)) for i, x in enumerate(forward.inputs)]
     results = list(forward.load(run)(inputs))
-    tangents = num_tangents(backward)
-    num_saved = len(backward.inputs) - tangents
+    num_saved = len(backward.inputs) - num_tangents(backward) - _num_generators(backward)
     saved = results[len(results) - num_saved :]
     kept = results[forward.written_back : len(results) - num_saved]
     del results, inputs
