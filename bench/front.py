@@ -114,6 +114,16 @@ def front_table(points: Sequence[Point], tablefmt: str = "simple") -> str:
     return str(tabulate(body, headers=heads, tablefmt=tablefmt, floatfmt=("", ".2f", ".2f")))
 
 
+def labels_of(points: Sequence[Point]) -> list[tuple[str, tuple[float, float]]]:
+    """Return what is written at which (GB, samples per second): points that lie on one another share a line."""
+    found: dict[tuple[float, float], list[str]] = {}
+    for p in points:
+        place = (p.total_bytes / 1e9, p.samples_per_s)
+        near = (q for q in found if all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(place, q, strict=True)))
+        found.setdefault(next(near, place), []).append(p.rival)
+    return [(", ".join(names), place) for place, names in found.items()]
+
+
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
     """Draw ``points`` into a PNG.
 
@@ -128,11 +138,11 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         chosen = [p for p in points if p.ours is ours]
         places = [(p.total_bytes / 1e9, p.samples_per_s) for p in chosen]
         axes.scatter([x for x, _ in places], [y for _, y in places], color=colour, label=label, zorder=3)
-        for p, place in zip(chosen, places, strict=True):
-            axes.annotate(p.rival, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        for text, place in labels_of(chosen):
+            axes.annotate(text, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
     line = [(p.total_bytes / 1e9, p.samples_per_s) for p in points if p.on_front]
     axes.plot([x for x, _ in line], [y for _, y in line], color="#b45309", linewidth=1, label="front")
-    axes.set(xlabel="memory in all, GB", ylabel="samples per second", title=title)
+    axes.set(xlabel="memory in all, GB", ylabel="samples per second", title=title.replace(": ", "\n", 1))
     axes.grid(color="#e5e7eb")
     axes.legend(frameon=False)
     figure.savefig(path)

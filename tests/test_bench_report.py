@@ -252,6 +252,14 @@ def test_points_beyond_ours_are_those_that_none_of_ours_reaches():
     assert front.beyond_ours(POINTS[2:]) == POINTS[2:]
 
 
+def test_points_on_one_another_share_a_label():
+    near = [Point("max", True, 1000 * 10**6, 100.0), Point("paper", True, 1009 * 10**6, 99.5)]
+    far = [Point("exact", True, 1009 * 10**6, 110.0), Point("eager", False, 1200 * 10**6, 100.0)]
+    assert front.labels_of([*near, *far]) == [
+        ("max, paper", (1.0, 100.0)), ("exact", (1.009, 110.0)), ("eager", (1.2, 100.0)),
+    ]  # fmt: skip
+
+
 def test_points_have_measured_throughput_or_the_rooflines():
     how: dict[str, Any] = {"how": "predicted", "dtype": "fp32", "device": "cpu"}
     rows = {**stored("compile", "CoLA", 50, **how, expected_ms=4.0), **stored("eager", "CoLA", 60, **how)}
