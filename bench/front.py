@@ -6,7 +6,8 @@ dry runs, throughput by what a roofline expects of forward and backward; ``--how
 the batch cut to ``--tokens``, but times of one process after the other differ by a quarter on the machines we had.
 ``python -m bench.emulated_gpu -m bench front --how predicted`` predicts those of a GPU: its kernels, by the rates of an
 H200, as if nothing was lost between them.
-Cells are those of ``python -m bench memory`` and stored with them, but for those that are measured on a CPU.
+Cells are those of ``python -m bench memory`` and stored with them, but for those that are measured on a CPU or
+predicted for a GPU.
 """
 
 from __future__ import annotations

@@ -88,3 +88,15 @@ def test_another_layout_is_found_while_code_is_written(monkeypatch):
     monkeypatch.setattr(operands, "_layout", wrong)
     with pytest.raises(Exception, match=r"operand \d of \w+ is .*sizes, strides.* there and .* where it is called"):
         compiled(dynamic=False)
+
+
+class Layout:
+    def __init__(self, sizes, strides):
+        self.maybe_get_size, self.maybe_get_stride = lambda: sizes, lambda: strides
+
+
+def test_layouts_are_alike_if_every_element_lies_at_the_same_place():
+    assert operands._layout(Layout([2, 1, 3], [3, 3, 1])) == operands._layout(Layout([2, 1, 3], [3, 1, 1]))
+    assert operands._layout(Layout([2, 3], [3, 1])) != operands._layout(Layout([2, 3], [1, 2]))
+    assert operands._layout(Layout([2, 0], [0, 1])) is None and operands._layout(3) is None
+    assert operands._layout(Layout(None, None)) is None

@@ -79,11 +79,13 @@ def _is_static(operands: Iterable[Any]) -> bool:
 
 
 def _layout(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
-    """Sizes and strides; None for what is no tensor, and for an empty one, whose strides mean nothing."""
+    """Sizes and strides, 0 where nobody can tell them; None for what is no tensor, and for an empty one."""
     if not hasattr(value, "maybe_get_stride"):  # a number
         return None
     sizes, strides = value.maybe_get_size(), value.maybe_get_stride()
     if sizes is None or strides is None:
         return None
-    plain = tuple(tuple(int(n) if getattr(n, "is_Integer", False) else n for n in part) for part in (sizes, strides))
-    return None if 0 in plain[0] else (plain[0], plain[1])
+    sizes, strides = ([int(n) if getattr(n, "is_Integer", False) else n for n in part] for part in (sizes, strides))
+    if 0 in sizes:
+        return None
+    return tuple(sizes), tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
