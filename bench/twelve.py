@@ -76,8 +76,9 @@ def _source(how: str, dtype: str, device: str) -> str:
             "H200, with kernels that do nothing (`python -m bench.emulated_gpu`). No times."
         )
     if how == "predicted":
+        kernels = "the CPU" if device == "cpu" else "a GPU"
         return (
-            f"**Predicted**, {dtype}, full batches, kernels of the CPU: dry runs of the code that Inductor writes,\n"
+            f"**Predicted**, {dtype}, full batches, kernels of {kernels}: dry runs of the code that Inductor writes,\n"
             "eager steps on fake tensors. Attention dropout in `eager-attention` only."
         )
     if device == "cpu":

@@ -109,7 +109,7 @@ def _find_block(graph: fx.Graph, nodes: Sequence[fx.Node], spare_kernels: bool) 
     run = find_run(nodes, fewest_saved=FEWEST_SAVED)
     if run is None:
         return None
-    for windows in itertools.islice(cuts(nodes, run, kernels_first=spare_kernels), _CUTS_TRIED):
+    for windows in itertools.islice(cuts(nodes, run, spare_kernels=spare_kernels), _CUTS_TRIED):
         block = _block_of(graph, windows)
         if isinstance(block, Block):
             return block

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 from reference import optimized, step
 from torch import nn
@@ -91,6 +93,8 @@ def test_another_layout_is_found_while_code_is_written(monkeypatch):
 
 
 class Layout:
+    """A tensor of Inductor's, as far as it is asked here."""
+
     def __init__(self, sizes, strides):
         self.maybe_get_size, self.maybe_get_stride = lambda: sizes, lambda: strides
 
@@ -100,3 +104,15 @@ def test_layouts_are_alike_if_every_element_lies_at_the_same_place():
     assert operands._layout(Layout([2, 3], [3, 1])) != operands._layout(Layout([2, 3], [1, 2]))
     assert operands._layout(Layout([2, 0], [0, 1])) is None and operands._layout(3) is None
     assert operands._layout(Layout(None, None)) is None
+
+
+def test_results_of_unknown_sizes_are_let_be():
+    """A ``torch.cond`` of the user may return three rows or four: its caller knows a symbol for them."""
+    size = sympy.Symbol("u0")
+    graph = SimpleNamespace(graph_inputs={"x": Layout([4, 2], [2, 1])}, graph_outputs=[Layout([3, 2], [2, 1])])
+    branch, given = SimpleNamespace(name="branch", graph=graph), [Layout([4, 2], [2, 1])]
+    operands._check(branch, given, [Layout([size, 2], [2, 1])])
+    with pytest.raises(RuntimeError, match="result 0 of branch is .* there and .* where it is called"):
+        operands._check(branch, given, [Layout([3, 2], [1, 3])])
+    with pytest.raises(RuntimeError, match="operand 0 of branch"):
+        operands._check(branch, [Layout([size, 2], [2, 1])], [])

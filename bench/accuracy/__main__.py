@@ -24,7 +24,7 @@ from bench.accuracy.tasks import TASKS, named_tasks
 from bench.accuracy.tasks.base import Task
 from bench.accuracy.tasks.hub import PAPER_TASKS, hub_task
 from bench.accuracy.train import Trainer
-from bench.report import RESULTS, ROOT, machine
+from bench.report import RESULTS, ROOT, commit, machine
 
 SEEDS, QUICK_SEEDS = 5, 2
 CACHE = ROOT / "build" / "accuracy"
@@ -120,7 +120,8 @@ def train(
     jobs = options.jobs or (cores if torch.device(options.device).type == "cpu" else 1)
     jobs = min(jobs, len(tasks) * len(methods))
     torch.set_num_threads(options.threads or max(1, cores // jobs))
-    store.add_header({"machine": machine(options.device), "executor": options.executor, "scale": tasks[0].scale})
+    made_by = {"commit": commit(), "machine": machine(options.device), "executor": options.executor}
+    store.add_header({**made_by, "scale": tasks[0].scale})
     seeds = seeds_of(options)
     with tqdm(
         total=count_cells(tasks, methods, seeds, options.tuning_seeds), unit="cell", dynamic_ncols=True, smoothing=0.1

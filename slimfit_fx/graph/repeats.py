@@ -44,22 +44,20 @@ def find_run(nodes: Sequence[fx.Node], *, fewest_saved: int) -> Run | None:
     return best if best is not None and best.saved >= fewest_saved else None
 
 
-def cuts(nodes: Sequence[fx.Node], run: Run, *, kernels_first: bool = False) -> Iterator[list[Window]]:
+def cuts(nodes: Sequence[fx.Node], run: Run, *, spare_kernels: bool = False) -> Iterator[list[Window]]:
     """All ways to cut ``run`` into windows of one period, the one that cuts through the fewest bytes first.
 
     Windows that are not wired like the others are left out; what is given is the longest row of alike neighbours.
-    Where equal bytes are cut through, those count that cross within a kernel, which a compiler would fuse of both
-    sides; ``kernels_first``: these count first.
+    ``spare_kernels``: bytes that cross within a kernel, which a compiler would fuse of both sides, count before all.
     """
     crossing = _crossing_bytes(nodes, lambda *_: True)
-    within = _crossing_bytes(nodes, _fused(nodes))
-    bytes_at = list(zip(within, crossing, strict=True) if kernels_first else zip(crossing, within, strict=True))
+    within = _crossing_bytes(nodes, _fused(nodes)) if spare_kernels else [0] * len(crossing)
     middle = (run.start + run.stop) // 2 // run.period * run.period
     count = (run.stop - run.start) // run.period
 
-    def price(offset: int) -> tuple[tuple[int, int], int]:
+    def price(offset: int) -> tuple[int, int, int]:
         place = min(max(run.start, middle + (run.start + offset) % run.period), run.stop)
-        return bytes_at[place], offset
+        return within[place], crossing[place], offset
 
     for offset in sorted(range(run.period), key=price):
         starts = range(run.start + offset, run.stop - run.period + 1, run.period)
