@@ -63,14 +63,14 @@ def outline_repeats(module: fx.GraphModule, *, spare_kernels: bool = False) -> i
     That is faster, and in a forward it takes no more memory: what crosses is there anyway. In a backward it may.
     """
     graph = module.graph
-    todo = list(_stretches(graph))
+    todo = list(stretches(graph))
     calls, blocks = 0, 0
     while todo:
         nodes = todo.pop()
         block = _find_block(graph, nodes, spare_kernels)
         if block is None:
             continue
-        _replace(module, block, f"block_{blocks}")
+        replace(module, block, body_of(module, block), f"block_{blocks}")
         calls, blocks = calls + len(block.windows), blocks + 1
         first, last = nodes.index(block.windows[0][0]), nodes.index(block.windows[-1][-1])
         todo += [nodes[:first], nodes[last + 1 :]]
@@ -80,7 +80,7 @@ def outline_repeats(module: fx.GraphModule, *, spare_kernels: bool = False) -> i
     return calls
 
 
-def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Nodes in order, cut where nothing may move; seeds, which differ from layer to layer, are no part of it."""
     stretch: list[fx.Node] = []
     for node in graph.nodes:
@@ -110,14 +110,14 @@ def _find_block(graph: fx.Graph, nodes: Sequence[fx.Node], spare_kernels: bool) 
     if run is None:
         return None
     for windows in itertools.islice(cuts(nodes, run, spare_kernels=spare_kernels), _CUTS_TRIED):
-        block = _block_of(graph, windows)
+        block = block_of(graph, windows)
         if isinstance(block, Block):
             return block
         log.debug("a repeated stretch of %d nodes stays as it is: %s", len(windows[0]), block)
     return None
 
 
-def _block_of(graph: fx.Graph, windows: Sequence[Window]) -> Block | str:
+def block_of(graph: fx.Graph, windows: Sequence[Window]) -> Block | str:
     """The block that these windows make, or the reason why they make none."""
     insides = [set(window) for window in windows]
     outside = [_outside(window, inside) for window, inside in zip(windows, insides, strict=True)]
@@ -200,9 +200,9 @@ def _views_between(source: fx.Node, node: fx.Node, place: dict[fx.Node, int]) ->
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
-def _replace(module: fx.GraphModule, block: Block, name: str) -> None:
-    body = _body(module, block)
-    identifier = f"{name}_{hashlib.sha256(graph_text(body.graph.nodes).encode()).hexdigest()[:16]}"
+def replace(module: fx.GraphModule, block: Block, body: fx.GraphModule, name: str) -> None:
+    """Put calls of ``body``, under this name, in place of the windows of ``block``."""
+    identifier = identifier_of(name, body.graph)
     module.add_submodule(name, body)
     _seeds_first(module.graph)
     current: dict[fx.Node, fx.Node] = {}
@@ -210,7 +210,13 @@ def _replace(module: fx.GraphModule, block: Block, name: str) -> None:
         _call_block(module.graph, block, number, (name, identifier), current)
 
 
-def _body(module: fx.GraphModule, block: Block) -> fx.GraphModule:
+def identifier_of(name: str, graph: fx.Graph) -> str:
+    """What tells a block from every other one."""
+    return f"{name}_{hashlib.sha256(graph_text(graph.nodes).encode()).hexdigest()[:16]}"
+
+
+def body_of(module: fx.GraphModule, block: Block) -> fx.GraphModule:
+    """What a window of ``block`` does, on operands."""
     graph, env = fx.Graph(), {}
     window = block.windows[0]
     submodules: dict[str, torch.nn.Module] = {}

@@ -17,6 +17,7 @@ from torch import fx
 from slimfit_fx.codecs import Codec
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph, read_joint
+from slimfit_fx.passes import tile_blocks as tiles
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
 from slimfit_fx.passes.find_cones import ConePlan, find_cones
@@ -30,6 +31,7 @@ from slimfit_fx.passes.partition import simplify_joint, split_joint, tag_cut
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.sink_backward import sink_backward
 from slimfit_fx.passes.split_gradients import split_gradients
+from slimfit_fx.passes.tile_blocks import tile_blocks
 from slimfit_fx.passes.verify import IllegalGraphError, verify_joint, verify_seam
 from slimfit_fx.planning.levels import plan_paid
 from slimfit_fx.planning.planner import Planner, Planning
@@ -61,6 +63,8 @@ class Settings:
     """What time is worth on a device."""
     outline: bool = True
     """Whether identical blocks become calls of one subgraph: of use to a compiler, of none to the interpreter."""
+    tile: bool = False
+    """Whether these run on a tile of the batch after the other."""
 
 
 @dataclass
@@ -118,8 +122,10 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         Pass("lay_out_masks", "gated", lambda w: lay_out_masks(w.pair().backward)),
         # while every value still has its node
         Pass("describe_plan", "gated", _describe, needed=True),
-        # last: a block hides what it holds from every other pass
+        # behind all that looks at single nodes: a block hides what it holds from every other pass
         Pass("outline_repeats", "outlined", lambda w: _outline(w.pair()) if settings.outline else 0),
+        # a block is what is large enough, and what is written once
+        Pass("tile_blocks", "outlined", lambda w: _tile(w) if settings.outline and settings.tile else 0),
     )
 
 
@@ -137,6 +143,7 @@ def pass_names() -> tuple[str, ...]:
         "hold_recompute",
         "lay_out_masks",
         "outline_repeats",
+        "tile_blocks",
     )
 
 
@@ -215,8 +222,6 @@ def _simplify(work: Work) -> int:
 
 def make_planner(work: Work, settings: Settings) -> Planner:
     """The planner of a joint graph, at the first level of recompute."""
-    inputs = [n for n in work.joint.graph.find_nodes(op="placeholder") if ops.is_tensor(n)]
-    device = next((n.meta["val"].device for n in inputs if n.meta["val"].dim()), torch.device("cpu"))
     return Planner(
         work.joint,
         lambda n: n.meta.get(SERVES, frozenset()),
@@ -227,8 +232,13 @@ def make_planner(work: Work, settings: Settings) -> Planner:
         recompute=settings.recompute[0],
         recompute_share=settings.recompute_share,
         why_milder=settings.why_milder,
-        prices=settings.prices_of(device),
+        prices=settings.prices_of(_device(work)),
     )
+
+
+def _device(work: Work) -> torch.device:
+    inputs = [n for n in work.joint.graph.find_nodes(op="placeholder") if ops.is_tensor(n)]
+    return next((n.meta["val"].device for n in inputs if n.meta["val"].dim()), torch.device("cpu"))
 
 
 def _plan(work: Work, settings: Settings) -> int:
@@ -245,6 +255,11 @@ def _describe(work: Work) -> int:
 
 def _outline(seam: Seam) -> int:
     return outline_repeats(seam.forward, spare_kernels=True) + outline_repeats(seam.backward)
+
+
+def _tile(work: Work) -> int:
+    fewest = tiles.FEWEST_ROWS["cpu" if _device(work).type == "cpu" else "gpu"]
+    return sum(tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward))
 
 
 def _split(work: Work) -> int:

@@ -20,6 +20,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, owner
 from slimfit_fx.passes.saved import Seam
+from slimfit_fx.passes.tile_bodies import PUT_PART
 
 STASH = torch.ops.slimfit_fx.stash.default
 GHOST = torch.ops.slimfit_fx.ghost.default
@@ -245,19 +246,19 @@ def _result_escapes(call: fx.Node) -> Iterator[str]:
 # -- outlined ----------------------------------------------------------------------------------------------------------
 def rule_blocks_are_called_alike(seam: Seam) -> Iterator[str]:
     """Every call of a block gives it operands of the shapes, strides and dtypes that it was made for."""
-    for call, body in _block_calls(seam):
+    for call, body in _all_calls(seam):
         inputs = body.graph.find_nodes(op="placeholder")
         given = call.args[2:]
         if len(inputs) != len(given):
             yield f"call {call.name} gives {len(given)} operands to a block of {len(inputs)}"
         for operand, placeholder in zip(given, inputs, strict=False):
-            if value_text(operand.meta.get("val")) != value_text(placeholder.meta.get("val")):
+            if _layout(operand.meta.get("val")) != _layout(placeholder.meta.get("val")):
                 yield f"call {call.name}: operand {operand.name} is not what {placeholder.name} stands for"
 
 
 def rule_blocks_return_memory_of_their_own(seam: Seam) -> Iterator[str]:
     """No result of a block shares memory with an operand or with another result."""
-    for call, body in _block_calls(seam):
+    for call, body in _all_calls(seam):
         results = list(body.graph.output_node().args[0])
         owners = [owner(node) for node in results]
         for node in owners:
@@ -268,16 +269,47 @@ def rule_blocks_return_memory_of_their_own(seam: Seam) -> Iterator[str]:
 
 
 def rule_blocks_lint(seam: Seam) -> Iterator[str]:
-    """Blocks are well-formed by torch.fx's own lint."""
-    for body, name in {body: str(call.args[0].target) for call, body in _block_calls(seam)}.items():
+    """Blocks and their tiles are well-formed by torch.fx's own lint."""
+    for body, name in {body: str(call.args[0].target) for call, body in _all_calls(seam)}.items():
         yield from _lint(name, body.graph)
 
 
-def _block_calls(seam: Seam) -> Iterator[tuple[Any, Any]]:
-    """Each call of a block and the block."""
-    for module in (seam.forward, seam.backward):
+def rule_parts_make_up_the_whole(seam: Seam) -> Iterator[str]:
+    """What tiles give fills the memory that is there for it, each place once."""
+    for body in {body for _, body in _all_calls(seam)}:
+        for room in body.graph.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
+            writes = [user.args for user in room.users if user.target is PUT_PART and user.args[0] is room]
+            whole, parts = room.meta["val"], [(part.meta["val"], along, start) for _, part, along, start in writes]
+            if len({along for _, along, _ in parts}) != 1 or any(part.dtype != whole.dtype for part, _, _ in parts):
+                yield f"{room.name} is not filled by parts along one dimension"
+                continue
+            along = parts[0][1]
+            rest = [
+                [n for d, n in enumerate(val.shape) if d != along] for val in (whole, *(part for part, _, _ in parts))
+            ]
+            ends = [start + part.shape[along] for part, _, start in parts]
+            if [start for _, _, start in parts] != [0, *ends[:-1]] or ends[-1] != whole.shape[along]:
+                yield f"parts of {room.name} leave places out or overlap"
+            if any(sizes != rest[0] for sizes in rest):
+                yield f"parts of {room.name} are of other sizes"
+
+
+def _all_calls(seam: Seam) -> Iterator[tuple[Any, Any]]:
+    """Each call of a block and the block; each call of a tile in it and the tile."""
+    modules = [seam.forward, seam.backward]
+    for module in modules:
         for call in module.graph.find_nodes(op="call_function", target=INVOKE):
-            yield call, getattr(module, str(call.args[0].target))
+            body = getattr(module, str(call.args[0].target))
+            yield call, body
+            if body not in modules:
+                modules.append(body)
+
+
+def _layout(val: Any) -> Any:
+    """What an operand is to a block, wherever in memory it begins."""
+    if isinstance(val, torch.Tensor):
+        return tuple(map(str, val.shape)), tuple(map(str, val.stride())), val.dtype, val.device
+    return value_text(val)
 
 
 def _saved(seam: Seam) -> list[tuple[fx.Node, fx.Node]]:
@@ -317,6 +349,7 @@ SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
     "outlined": (
         rule_graphs_lint,
         rule_blocks_lint,
+        rule_parts_make_up_the_whole,
         rule_blocks_are_called_alike,
         rule_blocks_return_memory_of_their_own,
     ),

@@ -26,6 +26,7 @@ from slimfit_fx.presets import (
     RECOMPUTE_OF,
     SCHEDULER,
     SCHEDULER_OF,
+    TILES_OF,
     WHOLE_OF,
     CodecTable,
     find_changes,
@@ -102,6 +103,10 @@ class Config:
     recompute_share: float = 1.0
     """Share of the repeated blocks, from the first on, for which ``recompute`` says so, in (0, 1]; in the others only
     cheap work runs again. Backward reaches the first blocks last, when little else is left in memory."""
+    tiles: bool = _OF_THE_PRESET
+    """Whether repeated blocks run on a tile of the batch after the other where the batch is large enough: what a block
+    holds on its own is then a fraction. Gradients of weights are sums over tiles, the same but for rounding. Presets
+    balanced and max say True, the others False. Only with executor ``"inductor"`` and sizes that are plain numbers."""
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""
@@ -126,6 +131,7 @@ class Config:
             "scheduler": SCHEDULER_OF.get(preset, SCHEDULER),
             "distance_sample": DISTANCE_SAMPLES.get(preset, DISTANCE_SAMPLE),
             "recompute": RECOMPUTE_OF.get(preset, RECOMPUTE[0]),
+            "tiles": TILES_OF.get(preset, False),
             "moments": MOMENTS_OF.get(preset, MOMENTS[0]),
             "catch_up": CATCH_UP_OF.get(preset, CATCH_UP),
         }
@@ -230,6 +236,7 @@ class Config:
             "recompute_price": self.recompute_price,
             "recompute": self.recompute_levels,
             "recompute_share": self.recompute_share,
+            "tiles": self.tiles,
             "milder": {kind: why for kind in FALLBACK if (why := self.why_milder(kind)) is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

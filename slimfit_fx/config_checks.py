@@ -105,7 +105,7 @@ def _check_choices(config: Config) -> Iterable[str]:
 
 
 def _check_flags(config: Config) -> Iterable[str]:
-    for name in ("compile_eval", "debug", "gradient_accumulation", "strict"):
+    for name in ("compile_eval", "debug", "gradient_accumulation", "strict", "tiles"):
         if not isinstance(value := getattr(config, name), bool):
             yield WrongType(f"{name} must be True or False, got {value!r}")
     if config.dynamic is not None and not isinstance(config.dynamic, bool):

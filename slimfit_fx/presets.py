@@ -80,6 +80,10 @@ LOSSLESS_PRESETS = frozenset({"exact"})
 RECOMPUTE_OF = {"balanced": "auto", "max": "auto"}
 """What presets say of what runs again; under the others cheap work alone does."""
 
+TILES_OF = {"balanced": True, "max": True}
+"""What presets say of blocks that run tile by tile; under the others the whole batch runs at once: sums over it, the
+gradients of weights, are rounded otherwise in tiles."""
+
 DISTANCE_SAMPLE = 1 << 16
 """Elements of a tensor that its distance is measured on, under presets that say nothing of it."""
 DISTANCE_SAMPLES: dict[str, int | None] = {"paper": None}

@@ -18,6 +18,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE
 from slimfit_fx.passes.saved import Seam
+from slimfit_fx.passes.tile_bodies import PUT_PART
 from slimfit_fx.passes.verify import COND, STASH
 
 
@@ -483,5 +484,37 @@ def block_returns_a_result_twice(seam: Seam) -> bool:
     for _, body in _blocks(seam):
         results = body.graph.output_node().args[0]
         body.graph.output_node().args = ((results[0], results[0], *results[2:]),)
+        return True
+    return False
+
+
+def _puts(seam: Seam) -> list[fx.Node]:
+    """What writes a tile's part where it belongs, in one block."""
+    for _, body in _blocks(seam):
+        if puts := body.graph.find_nodes(op="call_function", target=PUT_PART):
+            return puts
+    return []
+
+
+@breaks(verify.rule_parts_make_up_the_whole, "outlined", "parts of empty_strided.* leave places out or overlap")
+def part_is_written_over_another(seam: Seam) -> bool:
+    for put in _puts(seam)[-1:]:
+        put.args = (*put.args[:3], 0)
+        return True
+    return False
+
+
+@breaks(verify.rule_parts_make_up_the_whole, "outlined", "empty_strided.* is not filled by parts along one dimension")
+def part_is_written_along_another_dimension(seam: Seam) -> bool:
+    for put in _puts(seam)[-1:]:
+        put.args = (*put.args[:2], 1, put.args[3])
+        return True
+    return False
+
+
+@breaks(verify.rule_parts_make_up_the_whole, "outlined", "parts of empty_strided.* leave places out or overlap")
+def part_is_not_written(seam: Seam) -> bool:
+    for put in _puts(seam)[-1:]:
+        put.graph.erase_node(put)
         return True
     return False

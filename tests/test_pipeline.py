@@ -44,6 +44,7 @@ def test_the_order_of_the_passes():
         ("lay_out_masks", "gated", False),
         ("describe_plan", "gated", True),
         ("outline_repeats", "outlined", False),
+        ("tile_blocks", "outlined", False),
     ]
 
 

@@ -71,6 +71,28 @@ def test_branches_inside_of_branches_are_read():
         assert torch.equal(found, expected)
 
 
+def test_tiles_inside_of_blocks_are_read():
+    import slimfit_fx.runtime.parts  # noqa: F401  (registers the operator)
+
+    tile = module_of(lambda graph, x: (graph.call_function(aten.mul.Tensor, (x, 2.0)),), "x")
+
+    def parts(graph: fx.Graph, x: fx.Node) -> tuple[fx.Node]:
+        room = graph.call_function(aten.empty_strided.default, ([4], [1]), {"device": torch.device("cpu")})
+        for start in (0, 2):
+            part = graph.call_function(aten.slice.Tensor, (x, 0, start, start + 2))
+            call = graph.call_function(torch.ops.higher_order.invoke_subgraph, (graph.get_attr("tile"), "tile", part))
+            made = graph.call_function(operator.getitem, (call, 0))
+            graph.call_function(torch.ops.slimfit_fx.put_part.default, (room, made, 0, start))
+        return (room,)
+
+    module = module_of(parts, "x", submodules={"tile": tile})
+    read = pickle.loads(pickle.dumps(module))
+    assert not list(read.buffers())
+    x = torch.rand(4)
+    (found,) = read(x)
+    assert torch.equal(found, 2.0 * x)
+
+
 def test_a_pickled_backward_graph_holds_no_tensor():
     """An embedding's gradient starts from zeros inside of its branch."""
     backward = stopped_after("insert_gates", Tiny(), tokens()).work.seam.backward

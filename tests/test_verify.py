@@ -15,7 +15,7 @@ from reference import optimized, step
 from small_models import Tiny, tokens
 from strategies import build, inputs, specs
 
-from slimfit_fx.passes import verify
+from slimfit_fx.passes import tile_blocks, tile_stretches, verify
 from slimfit_fx.passes.verify import JOINT_RULES, SEAM_RULES, IllegalGraphError, verify_joint, verify_seam
 
 LAST_PASS = {
@@ -23,7 +23,7 @@ LAST_PASS = {
     "split": "split_joint",
     "compressed": "insert_codecs",
     "gated": "hold_recompute",
-    "outlined": "outline_repeats",
+    "outlined": "tile_blocks",
 }
 """The graphs of a stage, as its last pass leaves them."""
 
@@ -40,7 +40,10 @@ def legal() -> dict[str, Bench]:
         for stage, preset in presets.items()
     }
     graphs["gated"] = stopped_after(LAST_PASS["gated"], Fork(), chain_input(), units="*")
-    layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=4), tokens(), executor="inductor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_stretches, "WORTH", 1e9)
+        patch.setattr(tile_blocks, "FEWEST_ROWS", {"cpu": 1})
+        layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=4), tokens(), executor="inductor", tiles=True)
     return {**graphs, "outlined": layers}
 
 

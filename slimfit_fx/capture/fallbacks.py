@@ -19,7 +19,8 @@ import torch
 
 import slimfit_fx.runtime.ghosts
 import slimfit_fx.runtime.grouped
-import slimfit_fx.runtime.hold  # noqa: F401  (all three define operators)
+import slimfit_fx.runtime.hold
+import slimfit_fx.runtime.parts  # noqa: F401  (all four define operators)
 
 
 @functools.cache
@@ -29,8 +30,8 @@ def register_fallbacks() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     ops = torch.ops.slimfit_fx
-    known = (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost, ops.grouped_weight_gradient)
-    for op in known:
+    ours = (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost, ops.put_part)
+    for op in (*ours, ops.grouped_weight_gradient):
         if op.default not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op.default, with_default=True))
             make_fallback(op.default, layout_constraint=constraint, warn=False)

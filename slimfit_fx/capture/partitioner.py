@@ -195,6 +195,7 @@ def settings_of(config: Config) -> Settings:
         recompute=config.recompute_levels,
         recompute_share=config.recompute_share,
         outline=config.executor == "inductor",
+        tile=config.tiles,
     )
 
 

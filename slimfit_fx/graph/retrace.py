@@ -4,7 +4,8 @@ A graph module is pickled as its Python code, and unpickled by tracing that code
 with every entry of its autograd cache, for compiled autograd: blocks and branches in it are unpickled together with
 the entry, and held as long as the compiled graph. Torch's own tracer has two shortcomings there:
 
-* ``cond`` refuses the proxies that it meets, so that an entry with a branch inside a block could never be read;
+* ``cond`` and ``invoke_subgraph`` refuse the proxies that they meet, so that an entry with a branch or a tile inside a
+  block could never be read;
 * an operator that takes no tensor (the zeros that an embedding's gradient is added to) runs while it is traced, and its
   result becomes a constant of the module: memory that a warm start holds and a cold one does not.
 """
@@ -18,8 +19,11 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+INVOKE = torch.ops.higher_order.invoke_subgraph
 
 
 class BranchTracer(fx.Tracer):
@@ -30,6 +34,7 @@ class BranchTracer(fx.Tracer):
         self._makers = _Makers()
         with (
             mock.patch("torch._higher_order_ops.cond.validate_subgraph_args_types", lambda operands: None),
+            mock.patch.object(type(INVOKE), "__call__", HigherOrderOperator.__call__),
             FakeTensorMode(allow_non_fake_inputs=True),
             self._makers,
         ):

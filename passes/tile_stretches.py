@@ -1,0 +1,315 @@
+"""Which nodes of a block run tile by tile: decided here, written by tile_bodies.py."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from slimfit_fx.graph import ops
+from slimfit_fx.graph.joint import nbytes
+from slimfit_fx.graph.tiling import SAME, SUM, Flow, State, States, follow
+from slimfit_fx.passes.outline_repeats import owner
+
+log = logging.getLogger("slimfit_fx.passes")
+COND = torch.ops.higher_order.cond
+WORTH = 0.9
+"""Of the bytes that nodes make and hold: some of them are tiled if less is held then."""
+_ALIGNMENT = 16
+"""Bytes: kernels are compiled for operands that begin at a multiple."""
+_BORDERS_TRIED = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sizes by which a value of the whole batch is known."""
+
+    examples: int
+    rows: int
+    """Examples times tokens."""
+
+    def along(self, val: Any) -> State:
+        """The dimension along which a value from outside may be cut; None: it is not of the batch, or unclear."""
+        if not isinstance(val, torch.Tensor) or val.dim() < 2:
+            return None
+        return 0 if val.shape[0] == self.examples or (val.dim() == 2 and val.shape[0] == self.rows) else None
+
+
+def batch_of(graphs: Sequence[fx.Graph]) -> Batch | None:
+    """Read off the largest operand of three dimensions, (examples, tokens, width), or else value; None if none has."""
+    for op in ("placeholder", "call_function"):
+        found = [n.meta["val"] for graph in graphs for n in graph.nodes if n.op == op and ops.is_tensor(n)]
+        wide = [v for v in found if v.dim() == 3 and all(isinstance(size, int) for size in v.shape)]
+        if wide:
+            largest = max(wide, key=lambda v: v.numel() * v.element_size())
+            return Batch(largest.shape[0], largest.shape[0] * largest.shape[1])
+    return None
+
+
+def has_symbols(graph: fx.Graph) -> bool:
+    """Whether some sizes are not plain numbers."""
+    vals = [val for n in graph.nodes if isinstance(val := n.meta.get("val"), torch.Tensor)]
+    return any(not isinstance(size, int) for val in vals for size in (*val.shape, *val.stride()))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Nodes of a block that run tile by tile, in order, and those of them that others read."""
+
+    nodes: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+    behind: frozenset[fx.Node]
+    """Others that could run in tiles, and run at once behind it."""
+
+
+class Stretches:
+    """Which nodes of a block can run tile by tile.
+
+    Nodes that need the whole batch lie between stretches: a node is on the level of the latest stretch that it depends
+    on, or one above if it needs all tiles of that. What no tile reaches (weights, masks) is done before.
+    """
+
+    def __init__(self, body: fx.GraphModule, batch: Batch, given: Set[fx.Node], tiles: int) -> None:
+        self.body, self.tiles = body, tiles
+        self._batch, self._whole = batch, set(given)
+        self.level: dict[fx.Node, int] = {}
+        self.inside: dict[fx.Node, States] = {}
+        """What each node is of which a tile has its part."""
+        self.same_as: dict[fx.Node, fx.Node] = {}
+        """Nodes that are dropped: each is what it is the same as."""
+        self._slices: dict[fx.Node, Mapping[fx.Node, int]] = {}
+        self._gate: dict[fx.Node, fx.Node] = {}
+        """Of what a branch returned, and may be a ghost: what switches it."""
+        for node in body.graph.nodes:
+            if node.op == "call_function":
+                self._place(node)
+            else:
+                self.level[node] = 0
+
+    def best(self) -> Stretch | None:
+        """The stretch that lets the block hold the least in tiles; None if none is worth it.
+
+        Where nodes that need the whole batch lie between others (attention with dropout of its own), the block is left
+        as it is: all that could run before them would wait in memory for what runs behind them.
+        """
+        if not self.inside or any(self.level[node] for node in self.inside):
+            return None
+        nodes = [n for n in self.body.graph.nodes if n in self.inside]
+        lives = _lives(nodes, self.same_as.keys())
+        at_once = _most_alive(lives, len(nodes), None, self.tiles)
+        spans = sorted(
+            (_most_alive(lives, len(nodes), span, self.tiles), span[0] - span[1], span)
+            for span in itertools.combinations(_borders(lives, len(nodes)), 2)
+        )
+        for held, _, (first, last) in spans:
+            if held >= WORTH * at_once:
+                return None
+            stretch = self._stretch(nodes[first:last], nodes[last:])
+            if stretch is not None:
+                return stretch
+        return None
+
+    def _stretch(self, nodes: Sequence[fx.Node], behind: Sequence[fx.Node]) -> Stretch | None:
+        """The stretch of ``nodes``; None if what it gives cannot be put together, or parts begin at odd places."""
+        inside = set(nodes)
+        results = tuple(n for n in nodes if any(u not in inside and u not in self.same_as for u in n.users))
+        if not all(self._can_leave(node) for node in results):
+            return None
+        read = [(node, value) for node in nodes for value in node.all_input_nodes if value not in inside]
+        if any(isinstance(self.inside.get(value), tuple) for _, value in read):
+            return None
+        cuts = [(value.meta["val"], self.cut(node, value)) for node, value in read if value.op != "get_attr"]
+        if any(along is not None and _part_bytes(val, along, self.tiles) % _ALIGNMENT for val, along in cuts):
+            return None
+        return Stretch(tuple(nodes), results, frozenset(behind))
+
+    def gate(self, node: fx.Node) -> fx.Node | None:
+        """What switches the branch that gave ``node``; None if none did."""
+        return self._gate.get(node)
+
+    def cut(self, user: fx.Node, value: fx.Node) -> State:
+        """Along which dimension ``user`` reads a tile's part of ``value`` from outside; None: it reads all of it."""
+        found = self._slices[user].get(value)
+        return self._of_outside(value) if found is None else found
+
+    def _is_in(self, node: fx.Node, level: int) -> bool:
+        return node in self.inside and self.level[node] == level
+
+    def _can_leave(self, node: fx.Node) -> bool:
+        """A ghost in tiles cannot be put together; of several results each leaves on its own."""
+        state = self.inside[node]
+        if not isinstance(state, int) or not ops.is_tensor(node):
+            return False
+        return state == SUM or node not in self._gate
+
+    def _of_outside(self, node: fx.Node) -> State:
+        state = self.inside.get(node)
+        if state is not None:
+            return state if isinstance(state, int) and state >= 0 else None
+        return None if node in self._whole else self._batch.along(node.meta.get("val"))
+
+    def _place(self, node: fx.Node) -> None:
+        arguments = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        level = max((self.level[n] for n in arguments), default=0)
+
+        def state_of(argument: fx.Node) -> States:
+            return self.inside[argument] if self._is_in(argument, level) else self._of_outside(argument)
+
+        if all(state_of(n) is None for n in arguments):
+            self.level[node] = level
+            if not ops.is_getitem(node):  # of an operator that saw the whole batch: one result may be of it
+                self._whole.add(node)
+            return
+        if ops.op_name(node) == "hold" and state_of(arguments[0]) is None:
+            source = arguments[0]
+            self.level[node], self.same_as[node] = self.level[source], self.same_as.get(source, source)
+            return
+        flow = self._follow(node, state_of)
+        if flow is None or not _divides(node, flow, self.tiles):
+            self.level[node] = level + any(self._is_in(n, level) for n in arguments)
+            return
+        self.level[node], self.inside[node], self._slices[node] = level, flow.result, flow.slices
+        if node.target is COND:
+            self._gate[node] = cast(fx.Node, node.args[0])
+        elif ops.is_getitem(node) or ops.op_name(node) in {"release", "laid_out"}:
+            if arguments[0] in self._gate:
+                self._gate[node] = self._gate[arguments[0]]
+
+    def _follow(self, node: fx.Node, state_of: Callable[[fx.Node], States]) -> Flow | None:
+        if node.target is not COND:
+            return follow(node, state_of)
+        switch, opened, _, operands = cast("tuple[fx.Node, fx.Node, fx.Node, Sequence[fx.Node]]", node.args)
+        if state_of(switch) is not None:
+            return None
+        branch = cast(fx.GraphModule, getattr(self.body, str(opened.target))).graph
+        found = follow_branch(branch, [state_of(operand) for operand in operands], self.tiles)
+        if found is None:
+            return None
+        return Flow(found.results, {operands[place]: along for place, along in found.cuts.items()})
+
+
+@dataclass(frozen=True)
+class TileBranch:
+    """What a branch makes of tiles of its operands."""
+
+    results: tuple[State, ...]
+    cuts: Mapping[int, int]
+    """Places of whole operands of which a tile gives its part, and along which dimension."""
+    states: Mapping[fx.Node, States] = field(default_factory=dict)
+
+
+def follow_branch(graph: fx.Graph, given: Sequence[States], tiles: int) -> TileBranch | None:
+    """None if the branch must see the whole batch, or returns what every tile would make alike."""
+    inputs = graph.find_nodes(op="placeholder")
+    states: dict[fx.Node, States] = dict(zip(inputs, given, strict=True))
+    cuts: dict[fx.Node, int] = {}
+    whole: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        arguments = node.all_input_nodes
+        if all(states[n] is None for n in arguments):
+            states[node] = None
+            whole |= set(arguments)
+            continue
+        flow = follow(node, lambda n: states[n])
+        if flow is None or not _divides(node, flow, tiles):
+            log.debug("a branch needs the whole batch: %s of %s", node.format_node(), [states[n] for n in arguments])
+            return None
+        if any(n not in inputs or cuts.get(n, along) != along for n, along in flow.slices.items()):
+            log.debug("a branch cuts what it made: %s", node.format_node())
+            return None
+        cuts |= flow.slices
+        whole |= {n for n in arguments if states[n] is None and n not in flow.slices}
+        states[node] = flow.result
+    results = tuple(states[n] for n in cast("Sequence[fx.Node]", graph.output_node().args[0]))
+    if whole & cuts.keys() or not all(isinstance(r, int) and r != SAME for r in results):
+        return None
+    return TileBranch(cast("tuple[State, ...]", results), {inputs.index(n): d for n, d in cuts.items()}, states)
+
+
+def _divides(node: fx.Node, flow: Flow, tiles: int) -> bool:
+    """Whether all that is cut can be cut into tiles of one size, each of which begins where kernels expect it."""
+    vals = node.meta["val"] if isinstance(flow.result, tuple) else (node.meta["val"],)
+    states = flow.result if isinstance(flow.result, tuple) else (flow.result,)
+    results = [(v, s) for v, s in zip(vals, states, strict=True) if s is not None and s >= 0]
+    cut = [(n.meta["val"], along) for n, along in flow.slices.items()]
+    return all(v.shape[along] % tiles == 0 for v, along in results + cut)
+
+
+@dataclass(frozen=True)
+class _Life:
+    """A value among nodes in a row: between which places it is alive (behind the last: somebody else reads it)."""
+
+    born: int
+    dies: int
+    nbytes: int
+    fused: bool
+    """Pointwise work that is read by its like only: it never stands in memory, unless a stretch ends between them."""
+
+
+def _lives(nodes: Sequence[fx.Node], dropped: Collection[fx.Node]) -> list[_Life]:
+    """The values that these nodes make; ``dropped`` are no readers."""
+    position = {node: index for index, node in enumerate(nodes)}
+    dies: dict[fx.Node, int] = {}
+    stands: set[fx.Node] = set()
+    for node in nodes:
+        source = owner(node)
+        if source not in position:
+            continue
+        users = [u for u in node.users if u not in dropped]
+        readers = [u for u in users if u not in position or not (ops.is_view(u) or ops.is_getitem(u))]
+        if not ops.is_cheap(source) or any(u not in position or not ops.is_cheap(u) for u in readers):
+            stands.add(source)
+        dies[source] = max([dies.get(source, position[node]), *(position.get(u, len(nodes)) for u in users)])
+    return [_Life(position[node], end, nbytes(node), node not in stands) for node, end in dies.items()]
+
+
+def _borders(lives: Sequence[_Life], count: int) -> list[int]:
+    """Places among ``count`` nodes where a stretch may begin or end: where the fewest bytes cross, and both ends."""
+    crossing = [0] * (count + 1)
+    for life in (life for life in lives if not life.fused):
+        for place in range(life.born + 1, min(life.dies, count) + 1):
+            crossing[place] += life.nbytes
+    lowest = [
+        place
+        for place in range(1, count)
+        if crossing[place] < crossing[place - 1] or (crossing[place] == crossing[place - 1] and place == 1)
+    ]
+    return sorted({0, count, *sorted(lowest, key=crossing.__getitem__)[:_BORDERS_TRIED]})
+
+
+def _most_alive(lives: Sequence[_Life], count: int, span: tuple[int, int] | None, tiles: int) -> float:
+    """The most bytes that are alive at once among ``count`` nodes, those of ``span`` run tile by tile."""
+    change = [0.0] * (count + 2)
+    first, last = span or (0, 0)
+    for life in lives:
+        born, dies, size = life.born, life.dies, float(life.nbytes)
+        made_within = first <= born < last
+        if life.fused and not (span and (born < first <= dies or born < last <= dies)):
+            continue
+        if made_within and dies < last:
+            size /= tiles
+        elif made_within:
+            change[born] += size / tiles  # a part of it, before it is written where the others are
+            change[last] -= size / tiles
+            born = first
+        elif born < first <= dies < last:
+            dies = last
+        change[born] += size
+        change[min(dies, count) + 1] -= size
+    alive, most = 0.0, 0.0
+    for step in change:
+        alive += step
+        most = max(most, alive)
+    return most
+
+
+def _part_bytes(val: torch.Tensor, along: int, tiles: int) -> int:
+    """From where one tile's part of a value begins to where the next one's does."""
+    return int(val.stride(along) * (val.shape[along] // tiles) * val.element_size())

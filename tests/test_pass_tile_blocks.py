@@ -1,0 +1,268 @@
+"""tile_blocks: blocks run on a part of the batch after the other, and compute the same but for rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import pytest
+import torch
+from effort import examples
+from graphs import ATEN, Sketch, calls, copy_seam, module_texts, run_pair, stopped_after, value_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Tiny, tokens
+from strategies import build, inputs, specs
+from torch import fx, nn
+
+from slimfit_fx.passes import outline_repeats as outlined_
+from slimfit_fx.passes import tile_stretches
+from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
+from slimfit_fx.passes.tile_blocks import tile_blocks
+from slimfit_fx.passes.tile_bodies import PUT_PART
+from slimfit_fx.passes.verify import verify_seam
+from slimfit_fx.runtime.ghosts import is_ghost
+
+COND = torch.ops.higher_order.cond
+
+
+@pytest.fixture(autouse=True)
+def whatever_it_is_worth(monkeypatch):
+    """The models here are small: what tiles make of memory is another test's business."""
+    monkeypatch.setattr(outlined_, "FEWEST_SAVED", 4)
+    monkeypatch.setattr(tile_stretches, "WORTH", 1e9)
+
+
+def pair_of(model: nn.Module, batch, **config):
+    """The graphs of ``model`` with its blocks outlined, and what is known of the batch."""
+    config = {"executor": "inductor", "scheduler": "ils", "freeze_rate": 0.5, "preset": "balanced", **config}
+    return stopped_after("outline_repeats", model, batch, **config).work.pair()
+
+
+def tiled(seam, fewest_rows: int = 1):
+    """A copy of the pair in tiles, and how many calls of them it makes."""
+    copied = copy_seam(seam)
+    count = sum(tile_blocks(module, fewest_rows) for module in (copied.forward, copied.backward))
+    verify_seam("outlined", copied)
+    return copied, count
+
+
+def part_of(value: torch.Tensor, *where: int) -> torch.Tensor:
+    """A slice; of a ghost a ghost, as in the code that Inductor writes. torch itself looks at the storage."""
+    shape = ATEN.slice.Tensor(torch.empty_strided(value.shape, value.stride(), device="meta"), *where).shape
+    if not is_ghost(value):
+        return ATEN.slice.Tensor(value, *where)
+    return torch.ops.slimfit_fx.ghost(shape, value.stride(), value.dtype, value.device, False)
+
+
+def run_tiles(seam, **how):
+    """``run_pair`` of a pair in tiles."""
+    for module in (*seam.forward.modules(), *seam.backward.modules()):
+        if isinstance(module, fx.GraphModule) and calls(module.graph, INVOKE):
+            for node in calls(module.graph, ATEN.slice.Tensor):
+                node.target = part_of
+            module.recompile()
+    return run_pair(seam, **how)
+
+
+def tiles_of(module: fx.GraphModule) -> list[fx.GraphModule]:
+    return [part for name, part in module.named_modules() if name.rsplit(".")[-1].startswith("tile_")]
+
+
+def gates_of(seam) -> list[str]:
+    return [n.name for n in seam.forward.graph.find_nodes(op="placeholder") if n.meta["val"].dtype is torch.bool]
+
+
+def nearly_equal(expected, found) -> bool:
+    """But for rounding: of the largest element, since what is summed may cancel."""
+    for a, b in zip(expected, found, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is None or a.untyped_storage().nbytes() == 0:
+            assert b is None or b.untyped_storage().nbytes() == 0, "a ghost is a ghost in tiles"
+            continue
+        if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype:
+            return False
+        scale = float(a.double().nan_to_num().abs().max()) if a.numel() else 0.0
+        if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5 * max(scale, 1.0), equal_nan=True):
+            return False
+    return True
+
+
+# ---- it rewrites
+
+
+def test_a_block_runs_in_tiles_and_gives_the_same():
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8))
+    copied, count = tiled(seam)
+    assert count and all(tiles_of(module) for module in (copied.forward, copied.backward))
+    user, grads = run_pair(seam)
+    user_tiled, grads_tiled = run_tiles(copied)
+    assert nearly_equal(user, user_tiled) and nearly_equal(grads, grads_tiled)
+
+
+def test_whole_blocks_without_dropout_are_one_stretch():
+    """Nothing of a transformer's block needs the whole batch: attention, norms, decode, gradients of weights."""
+    copied, _ = tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), recompute="blocks"))
+    for module in (copied.forward, copied.backward):
+        body = max((part for _, part in module.named_children()), key=lambda part: len(part.graph.nodes))
+        outside = [n for n in body.graph.nodes if n.op == "call_function" and str(n.target).startswith("aten.")]
+        products = {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
+        assert calls(body.graph, INVOKE)
+        assert not [n for n in outside if str(n.target).split(".")[1] in products]
+
+
+def test_gradients_of_weights_add_up_behind_their_gates():
+    """Closed in every tile: a ghost; open in every tile: the sum."""
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8))
+    copied, _ = tiled(seam)
+    body = next(part for name, part in copied.backward.named_children() if calls(part.graph, INVOKE))
+    assert calls(body.graph, COND), "sums behind gates"
+    names = gates_of(seam)
+    for closed in ([], names[::2], names[1::2], names):
+        expected, found = run_pair(seam, closed=closed)[1], run_tiles(copied, closed=closed)[1]
+        assert nearly_equal(expected, found)
+
+
+def test_no_ghost_is_read_in_tiles():
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), debug=True)
+    copied, _ = tiled(seam)
+    names = gates_of(seam)
+    expected, found = run_pair(seam, closed=names[::2])[1], run_tiles(copied, closed=names[::2])[1]
+    assert any(g is not None and bool(g.isnan().any()) for g in expected), "closed gradients are full of NaN"
+    assert nearly_equal(expected, found)
+
+
+def test_dropout_is_drawn_for_the_whole_batch():
+    """Random numbers are those of the whole batch, in whatever tiles they are read."""
+    copied, count = tiled(pair_of(Tiny(depth=4, dropout=0.1), tokens(batch=8)))
+    assert count
+    drawn = [n for part in tiles_of(copied.forward) for n in part.graph.nodes if "random" in str(n.target)]
+    assert not drawn
+
+
+def test_a_second_run_changes_nothing():
+    copied, _ = tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8)))
+    before = [module_texts(module) for module in (copied.forward, copied.backward)]
+    assert sum(tile_blocks(module, 1) for module in (copied.forward, copied.backward)) == 0
+    assert [module_texts(module) for module in (copied.forward, copied.backward)] == before
+
+
+# ---- it leaves alone
+
+
+@pytest.mark.parametrize(
+    ("batch", "fewest_rows", "count"), [(8, 64, 0), (8, 32, 2), (8, 16, 4), (7, 1, 0), (6, 1, 2), (8, 1, 8)]
+)
+def test_how_many_tiles(batch, fewest_rows, count):
+    """As many as have rows enough (eight tokens an example) and are of one size."""
+    copied, _ = tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=batch)), fewest_rows)
+    bodies = [part for _, part in copied.backward.named_children() if calls(part.graph, INVOKE)]
+    assert {len(calls(body.graph, INVOKE)) for body in bodies} == ({count} if count else set())
+
+
+def test_symbolic_sizes_stay_whole():
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), dynamic=True)
+    assert tiled(seam)[1] == 0
+
+
+def test_what_gains_nothing_stays_whole(monkeypatch):
+    monkeypatch.setattr(tile_stretches, "WORTH", 0.0)
+    assert tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8)))[1] == 0
+
+
+def layers(mix) -> fx.GraphModule:
+    """Four layers on (8, 4, 6), in each of which ``mix`` is done to what a wide product gives."""
+    s = Sketch()
+    x = s.input("x", 8, 4, 6)
+    for index in range(4):
+        up, down = s.input(f"primals_{2 * index}", 6, 24), s.input(f"primals_{2 * index + 1}", 24, 6)
+        wide = s.call(ATEN.mm.default, s.call(ATEN.view.default, x, [32, 6]), up)
+        wide = mix(s, s.call(ATEN.view.default, wide, [8, 4, 24]))
+        narrow = s.call(ATEN.mm.default, s.call(ATEN.view.default, wide, [32, 24]), down)
+        x = s.call(ATEN.add.Tensor, s.call(ATEN.view.default, narrow, [8, 4, 6]), x)
+    return s.returns(x)
+
+
+MIXES = {
+    "pointwise": lambda s, x: s.call(ATEN.gelu.default, x),
+    "over the tokens": lambda s, x: s.call(ATEN.sub.Tensor, x, s.call(ATEN.mean.dim, x, [1], True)),
+    "softmax": lambda s, x: s.call(ATEN._softmax.default, x, -1, False),
+    "cumulative": lambda s, x: s.call(ATEN.cumsum.default, x, 1),
+    "heads": lambda s, x: s.call(
+        ATEN.clone.default,
+        s.call(ATEN.permute.default, s.call(ATEN.view.default, x, [8, 4, 3, 8]), [0, 2, 1, 3]),
+        memory_format=torch.contiguous_format,
+    ),
+    "halves": lambda s, x: s.call(
+        ATEN.cat.default, [s.call(ATEN.slice.Tensor, x, 2, 12, 24), s.call(ATEN.slice.Tensor, x, 2, 0, 12)], 2
+    ),
+    "a constant": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.full.default, [8, 1, 24], 2.0)),
+}
+OVER_THE_BATCH = {
+    "mean": lambda s, x: s.call(ATEN.sub.Tensor, x, s.call(ATEN.mean.dim, x, [0], True)),
+    "softmax": lambda s, x: s.call(ATEN._softmax.default, x, 0, False),
+    "cumulative": lambda s, x: s.call(ATEN.cumsum.default, x, 0),
+    "rolled": lambda s, x: s.call(
+        ATEN.cat.default, [s.call(ATEN.slice.Tensor, x, 0, 4, 8), s.call(ATEN.slice.Tensor, x, 0, 0, 4)], 0
+    ),
+    "a sum that is no sum of parts": lambda s, x: s.call(
+        ATEN.mul.Tensor, x, s.call(ATEN.tanh.default, s.call(ATEN.sum.dim_IntList, x, [0], True))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_of_one_example_at_a_time(name):
+    plain, module = layers(MIXES[name]), layers(MIXES[name])
+    assert outline_repeats(module) and tile_blocks(module, 1)
+    (body,) = {getattr(module, call.args[0].target) for call in calls(module.graph, INVOKE)}
+    assert not calls(body.graph, ATEN.mm.default), "both products are in the tile"
+    given_ = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*given_), module(*given_))
+
+
+@pytest.mark.parametrize("name", OVER_THE_BATCH)
+def test_over_the_batch(name):
+    """What needs the whole batch gets it."""
+    plain, module = layers(OVER_THE_BATCH[name]), layers(OVER_THE_BATCH[name])
+    assert outline_repeats(module)
+    tile_blocks(module, 1)
+    given_ = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*given_), module(*given_))
+    wide = [
+        n
+        for part in tiles_of(module)
+        for n in part.graph.nodes
+        if str(n.target) in ("aten.tanh.default", "aten.cumsum.default")
+    ]
+    assert not wide
+
+
+def test_each_part_is_written_once():
+    module = layers(MIXES["pointwise"])
+    assert outline_repeats(module) and tile_blocks(module, 8)
+    (body,) = {getattr(module, call.args[0].target) for call in calls(module.graph, INVOKE)}
+    puts = calls(body.graph, PUT_PART)
+    assert [put.args[2:] for put in puts] == [(0, 0), (0, 2), (0, 4), (0, 6)]
+    assert all(put.args[1].target is operator.getitem for put in puts)
+
+
+# ---- any graph
+
+
+@settings(max_examples=examples(25))
+@given(data=st.data(), seed=st.integers(0, 2**16), rows=st.sampled_from((1, 8)))
+def test_any_model_computes_the_same_in_tiles(data, seed, rows):
+    """But for rounding, whatever is closed; a ghost in tiles is a ghost."""
+    spec = data.draw(specs(max_layers=4, repeats=(3, 4), sizes=("static",)))
+    spec = dataclasses.replace(spec, batch=data.draw(st.sampled_from((4, 6))))
+    torch._dynamo.reset()
+    level = data.draw(st.sampled_from(("cheap", "blocks")))
+    seam = pair_of(build(spec), inputs(spec), recompute=level, units=spec.is_unit, min_bytes=0)
+    copied, _ = tiled(seam, rows)
+    names = gates_of(seam)
+    closed = [name for index, name in enumerate(names) if (seed >> index % 16) & 1]
+    user, grads = run_pair(seam, seed=seed, closed=closed)
+    user_tiled, grads_tiled = run_tiles(copied, seed=seed, closed=closed)
+    assert nearly_equal(user, user_tiled) and nearly_equal(grads, grads_tiled)
