@@ -259,7 +259,11 @@ def _outline(seam: Seam) -> int:
 
 def _tile(work: Work) -> int:
     fewest = tiles.FEWEST_ROWS["cpu" if _device(work).type == "cpu" else "gpu"]
-    return sum(tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward))
+    count = sum(tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward))
+    if count and work.plan is not None:
+        told = f"blocks run on a part of the batch after the other: {count} tiles"
+        work.plan = replace(work.plan, note="; ".join(filter(None, (work.plan.note, told))))
+    return count
 
 
 def _split(work: Work) -> int:

@@ -33,7 +33,7 @@ from slimfit_fx.passes.tile_stretches import Batch, Stretches, batch_of, has_sym
 log = logging.getLogger("slimfit_fx.passes")
 COUNTS = (16, 8, 4, 2)
 """Into how many tiles a batch may be cut; the most of them whose tiles have rows enough."""
-FEWEST_ROWS = {"cpu": 1024, "gpu": 16384}
+FEWEST_ROWS = {"cpu": 4096, "gpu": 16384}
 """Examples times tokens of a tile: with fewer, products no longer fill the device, or starting kernels takes longer
 than running them."""
 

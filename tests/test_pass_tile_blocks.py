@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 
 import pytest
@@ -11,17 +12,21 @@ from effort import examples
 from graphs import ATEN, Sketch, calls, copy_seam, module_texts, run_pair, stopped_after, value_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import optimized
 from small_models import Tiny, tokens
 from strategies import build, inputs, specs
 from torch import fx, nn
 
+import slimfit_fx
 from slimfit_fx.passes import outline_repeats as outlined_
+from slimfit_fx.passes import tile_blocks as tile_blocks_
 from slimfit_fx.passes import tile_stretches
 from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
 from slimfit_fx.passes.tile_blocks import tile_blocks
 from slimfit_fx.passes.tile_bodies import PUT_PART
 from slimfit_fx.passes.verify import verify_seam
 from slimfit_fx.runtime.ghosts import is_ghost
+from slimfit_fx.runtime.measure import step_memory
 
 COND = torch.ops.higher_order.cond
 
@@ -248,6 +253,24 @@ def test_each_part_is_written_once():
     assert all(put.args[1].target is operator.getitem for put in puts)
 
 
+# ---- settings
+
+
+@pytest.mark.parametrize(("preset", "tiles"), [("exact", False), ("paper", False), ("balanced", True), ("max", True)])
+def test_what_presets_say(preset, tiles):
+    assert slimfit_fx.Config(preset=preset).tiles is tiles
+    assert (
+        slimfit_fx.Config(preset=preset, tiles=not tiles).fingerprint()
+        != slimfit_fx.Config(preset=preset).fingerprint()
+    )
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_tiles_is_true_or_false(value):
+    with pytest.raises(TypeError, match=f"tiles must be True or False, got {value!r}"):
+        slimfit_fx.Config(tiles=value)
+
+
 # ---- any graph
 
 
@@ -266,3 +289,31 @@ def test_any_model_computes_the_same_in_tiles(data, seed, rows):
     user, grads = run_pair(seam, seed=seed, closed=closed)
     user_tiled, grads_tiled = run_tiles(copied, seed=seed, closed=closed)
     assert nearly_equal(user, user_tiled) and nearly_equal(grads, grads_tiled)
+
+
+# ---- compiled
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same_in_tiles(monkeypatch):
+    """Loss, gradients, a smaller peak that is the predicted one, no recompile; the plan says so."""
+    monkeypatch.setattr(tile_blocks_, "FEWEST_ROWS", {"cpu": 64})
+    monkeypatch.setattr(tile_stretches, "WORTH", 0.9)
+    batch, found = tokens(batch=32), {}
+    chosen = {"preset": "balanced", "scheduler": "none", "freeze_rate": 0.5, "min_bytes": 0, "recompute": "blocks"}
+    for tiles in (False, True):
+        torch._dynamo.reset()
+        model, session = optimized(Tiny(depth=4, dropout=0.0), executor="inductor", tiles=tiles, **chosen)
+        loss = model(*batch)
+        loss.backward()
+        grads = {name: param.grad for name, param in model.named_parameters()}
+        model.zero_grad()
+        memory = step_memory(functools.partial(model, *batch), lambda loss: loss.backward())
+        assert memory.peak_bytes <= session.predict_peak().peak_bytes <= 1.02 * memory.peak_bytes
+        assert session.recompiles == 0
+        assert any("tiles" in note for note in session.plan.notes) is tiles
+        found[tiles] = loss.detach(), list(grads.values()), memory.peak_bytes
+    assert torch.allclose(found[False][0], found[True][0], rtol=1e-6)
+    assert nearly_equal(found[False][1], found[True][1])
+    assert found[True][2] < found[False][2]
