@@ -253,6 +253,30 @@ def test_each_part_is_written_once():
     assert all(put.args[1].target is operator.getitem for put in puts)
 
 
+@pytest.mark.parametrize("mask", [(8, 8), (1, 1, 8, 8), (8, 1, 8, 8), None])
+def test_masks_of_attention(mask):
+    """As many tokens as examples: one mask for all examples is not one for each."""
+
+    def make() -> fx.GraphModule:
+        s = Sketch()
+        x = s.input("x", 8, 8, 12)
+        given_ = None if mask is None else s.input("mask", *mask)
+        for _ in range(4):
+            heads = s.call(ATEN.permute.default, s.call(ATEN.view.default, x, [8, 8, 3, 4]), [0, 2, 1, 3])
+            attend = ATEN._scaled_dot_product_flash_attention_for_cpu.default
+            mixed = s.call(operator.getitem, s.call(attend, heads, heads, heads, attn_mask=given_), 0)
+            mixed = s.call(ATEN.view.default, s.call(ATEN.permute.default, mixed, [0, 2, 1, 3]), [8, 8, 12])
+            x = s.call(ATEN.add.Tensor, mixed, x)
+        return s.returns(x)
+
+    plain, module = make(), make()
+    assert outline_repeats(module)
+    count = tile_blocks(module, 1)
+    assert count or mask == (8, 8), "of two dimensions it may be either"
+    values = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*values), module(*values))
+
+
 # ---- settings
 
 

@@ -64,7 +64,8 @@ def follow(node: fx.Node, state_of: StateOf) -> Flow | None:
     rule = _RULES.get(name)
     if rule is not None:
         return rule(node, state_of)
-    return _elementwise(node, state_of) if ops.is_pointwise(node) and ops.is_tensor(node) else None
+    pointwise = ops.is_pointwise(node) and ops.is_tensor(node) and not ops.is_random(node)
+    return _elementwise(node, state_of) if pointwise else None
 
 
 def tile_arguments(node: fx.Node, state: States, tiles: int) -> tuple[Any, ...]:
@@ -269,6 +270,8 @@ def _select_scatter(node: fx.Node, state_of: StateOf) -> Flow | None:
 
 _PER_EXAMPLE = {"query", "key", "value", "grad_out", "grad_out_", "out", "logsumexp", "attn_bias", "attn_mask"}
 """Arguments of attention that hold one entry for each example."""
+_MASKS = {"attn_bias", "attn_mask"}
+"""Of these only those that have all dimensions do."""
 
 
 def _attention(node: fx.Node, state_of: StateOf) -> Flow | None:
@@ -276,12 +279,13 @@ def _attention(node: fx.Node, state_of: StateOf) -> Flow | None:
     given = _named_arguments(node)
     if float(given.get("dropout_p") or 0.0) != 0.0:
         return None
-    batch, slices = _val(given["query"]).shape[0], {}
+    query, slices = _val(given["query"]), {}
+    batch = query.shape[0]
     for name, argument in given.items():
         if not isinstance(argument, fx.Node):
             continue
         state = state_of(argument)
-        if name not in _PER_EXAMPLE:
+        if name not in _PER_EXAMPLE or (name in _MASKS and _val(argument).dim() < query.dim()):
             if state is not None:
                 return None
         elif state is None and _val(argument).shape[0] == batch:
