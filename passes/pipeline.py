@@ -259,11 +259,15 @@ def _outline(seam: Seam) -> int:
 
 def _tile(work: Work) -> int:
     fewest = tiles.FEWEST_ROWS["cpu" if _device(work).type == "cpu" else "gpu"]
-    count = sum(tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward))
-    if count and work.plan is not None:
-        told = f"blocks run on a part of the batch after the other: {count} tiles"
-        work.plan = replace(work.plan, note="; ".join(filter(None, (work.plan.note, told))))
-    return count
+    done = [tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward)]
+    calls, left = sum(d.calls for d in done), next((d.left for d in done if d.left), "")
+    told = [
+        f"blocks run on a part of the batch after the other: {calls} tiles" if calls else "",
+        f"blocks run on the whole batch: {left}" if left else "",
+    ]
+    if work.plan is not None:
+        work.plan = replace(work.plan, note="; ".join(filter(None, (work.plan.note, *told))))
+    return calls
 
 
 def _split(work: Work) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import fx
@@ -38,38 +39,57 @@ FEWEST_ROWS = {"cpu": 4096, "gpu": 16384}
 than running them."""
 
 
-def tile_blocks(module: fx.GraphModule, fewest_rows: int) -> int:
-    """Tile the blocks that ``module`` calls, and what it does between the calls. Returns how many calls of tiles.
+@dataclass(frozen=True)
+class Tiled:
+    """What was done."""
+
+    calls: int = 0
+    """Of tiles, in all."""
+    left: str = ""
+    """Why the largest block of all runs on the whole batch; empty if it does not, or if the batch is small."""
+
+
+def tile_blocks(module: fx.GraphModule, fewest_rows: int) -> Tiled:
+    """Tile the blocks that ``module`` calls, and what it does between the calls.
 
     ``fewest_rows``: of the widest products of a tile (examples times tokens); below it kernels would be too small.
     """
-    blocks, count = _blocks(module), 0
+    blocks, count, left = _blocks(module), 0, ""
     batch = batch_of([getattr(module, name).graph for name in blocks])
-    if batch is None:
-        return 0
+    tiles = _count(batch, fewest_rows) if batch is not None else 0
+    if batch is None or not tiles:
+        return Tiled()
+    largest = max(blocks, key=lambda name: len(getattr(module, name).graph.nodes))
     for name, callers in blocks.items():
         body = getattr(module, name)
-        tiled, calls = _tiled(body, batch, _given(body, callers[0].args[2:]), fewest_rows)
-        if tiled is None:
+        tiled = _tiled(body, batch, _given(body, callers[0].args[2:]), tiles)
+        if isinstance(tiled, str):
+            left = tiled if name == largest else left
             continue
         setattr(module, name, tiled)
         for call in callers:
             call.args = (call.args[0], identifier_of(name, tiled.graph), *call.args[2:])
-        count += calls * len(callers)
+        count += tiles * len(callers)
     for number, window in enumerate(_between_calls(module.graph)):
         block = block_of(module.graph, [window])
         if isinstance(block, str):
             log.debug("%d nodes between calls of blocks stay as they are: %s", len(window), block)
             continue
         body = body_of(module, block)
-        tiled, calls = _tiled(body, batch, _given(body, [operand[0] for operand in block.inputs]), fewest_rows)
-        if tiled is not None:
+        tiled = _tiled(body, batch, _given(body, [operand[0] for operand in block.inputs]), tiles)
+        if not isinstance(tiled, str):
             replace(module, block, tiled, f"rest_{number}")
-            count += calls
+            count += tiles
     if count:
         module.graph.lint()
         module.recompile()
-    return count
+    return Tiled(count, left)
+
+
+def _count(batch: Batch, fewest_rows: int) -> int:
+    """Into how many tiles the batch is cut; 0 if they would be too small."""
+    fit = (n for n in COUNTS if batch.examples % n == 0 and batch.rows // n >= fewest_rows)
+    return next(fit, 0)
 
 
 def _between_calls(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
@@ -103,22 +123,15 @@ def _is_given(node: fx.Node) -> bool:
     return node.op == "placeholder" and str(node.target).startswith("primals")
 
 
-def _tiled(
-    body: fx.GraphModule, batch: Batch, given: Set[fx.Node], fewest_rows: int
-) -> tuple[fx.GraphModule | None, int]:
-    """``body`` in tiles, and how many calls of them it makes; None if that gains nothing.
-
-    ``given``: operands that are not of the batch, whatever their sizes.
-    """
-    if has_symbols(body.graph) or body.graph.find_nodes(op="call_function", target=INVOKE):
-        return None, 0
-    for count in COUNTS:
-        if batch.examples % count or batch.rows // count < fewest_rows:
-            continue
-        found = Stretches(body, batch, given, count)
-        chosen = found.best()
-        if chosen is None:
-            log.debug("a block of %d nodes is not tiled: no stretch would hold less", len(body.graph.nodes))
-            return None, 0
-        return tiled_body(body, found, chosen), count
-    return None, 0
+def _tiled(body: fx.GraphModule, batch: Batch, given: Set[fx.Node], tiles: int) -> fx.GraphModule | str:
+    """``body`` in tiles, or the reason why it is left. ``given``: operands that are not of the batch."""
+    if has_symbols(body.graph):
+        return "sizes are symbolic"
+    if body.graph.find_nodes(op="call_function", target=INVOKE):
+        return "it runs in tiles already"
+    found = Stretches(body, batch, given, tiles)
+    chosen = found.best()
+    if isinstance(chosen, str):
+        log.debug("a block of %d nodes is not tiled: %s", len(body.graph.nodes), chosen)
+        return chosen
+    return tiled_body(body, found, chosen)

@@ -91,14 +91,16 @@ class Stretches:
             else:
                 self.level[node] = 0
 
-    def best(self) -> Stretch | None:
-        """The stretch that lets the block hold the least in tiles; None if none is worth it.
+    def best(self) -> Stretch | str:
+        """The stretch that lets the block hold the least in tiles; the reason if none is worth it.
 
         Where nodes that need the whole batch lie between others (attention with dropout of its own), the block is left
         as it is: all that could run before them would wait in memory for what runs behind them.
         """
-        if not self.inside or any(self.level[node] for node in self.inside):
-            return None
+        if not self.inside:
+            return "nothing in it is of the batch"
+        if any(self.level[node] for node in self.inside):
+            return f"{self._needs_all()} needs the whole batch"
         nodes = [n for n in self.body.graph.nodes if n in self.inside]
         lives = _lives(nodes, self.same_as.keys())
         at_once = _most_alive(lives, len(nodes), None, self.tiles)
@@ -108,11 +110,17 @@ class Stretches:
         )
         for held, _, (first, last) in spans:
             if held >= WORTH * at_once:
-                return None
+                break
             stretch = self._stretch(nodes[first:last], nodes[last:])
             if stretch is not None:
                 return stretch
-        return None
+        return "it would hold no less"
+
+    def _needs_all(self) -> str:
+        """The first operator that runs on what all tiles gave, and gives what is of the batch again."""
+        later = (n for n in self.inside if self.level[n])
+        read = (value for node in later for value in node.all_input_nodes)
+        return next((ops.op_name(n) for n in read if n not in self.inside and self.level[n]), "an operator")
 
     def _stretch(self, nodes: Sequence[fx.Node], behind: Sequence[fx.Node]) -> Stretch | None:
         """The stretch of ``nodes``; None if what it gives cannot be put together, or parts begin at odd places."""

@@ -22,7 +22,7 @@ from slimfit_fx.passes import outline_repeats as outlined_
 from slimfit_fx.passes import tile_blocks as tile_blocks_
 from slimfit_fx.passes import tile_stretches
 from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
-from slimfit_fx.passes.tile_blocks import tile_blocks
+from slimfit_fx.passes.tile_blocks import Tiled, tile_blocks
 from slimfit_fx.passes.tile_bodies import PUT_PART
 from slimfit_fx.passes.verify import verify_seam
 from slimfit_fx.runtime.ghosts import is_ghost
@@ -47,7 +47,7 @@ def pair_of(model: nn.Module, batch, **config):
 def tiled(seam, fewest_rows: int = 1):
     """A copy of the pair in tiles, and how many calls of them it makes."""
     copied = copy_seam(seam)
-    count = sum(tile_blocks(module, fewest_rows) for module in (copied.forward, copied.backward))
+    count = sum(tile_blocks(module, fewest_rows).calls for module in (copied.forward, copied.backward))
     verify_seam("outlined", copied)
     return copied, count
 
@@ -149,7 +149,7 @@ def test_dropout_is_drawn_for_the_whole_batch():
 def test_a_second_run_changes_nothing():
     copied, _ = tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8)))
     before = [module_texts(module) for module in (copied.forward, copied.backward)]
-    assert sum(tile_blocks(module, 1) for module in (copied.forward, copied.backward)) == 0
+    assert not any(tile_blocks(module, 1).calls for module in (copied.forward, copied.backward))
     assert [module_texts(module) for module in (copied.forward, copied.backward)] == before
 
 
@@ -169,11 +169,24 @@ def test_how_many_tiles(batch, fewest_rows, count):
 def test_symbolic_sizes_stay_whole():
     seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), dynamic=True)
     assert tiled(seam)[1] == 0
+    assert {tile_blocks(m, 1).left for m in (seam.forward, seam.backward)} <= {"sizes are symbolic", ""}
 
 
 def test_what_gains_nothing_stays_whole(monkeypatch):
     monkeypatch.setattr(tile_stretches, "WORTH", 0.0)
-    assert tiled(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8)))[1] == 0
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8))
+    assert [tile_blocks(module, 1) for module in (seam.forward, seam.backward)] == [
+        Tiled(0, "it would hold no less"),
+        Tiled(0, "it would hold no less"),
+    ]
+
+
+def test_why_a_block_stays_whole():
+    """The operator that needs the whole batch is named, in the plan too; a small batch is no reason to say anything."""
+    module = layers(OVER_THE_BATCH["softmax"])
+    assert outline_repeats(module)
+    assert tile_blocks(module, 1) == Tiled(0, "_softmax needs the whole batch")
+    assert tile_blocks(module, 1000) == Tiled()
 
 
 def layers(mix) -> fx.GraphModule:
@@ -220,7 +233,7 @@ OVER_THE_BATCH = {
 @pytest.mark.parametrize("name", MIXES)
 def test_of_one_example_at_a_time(name):
     plain, module = layers(MIXES[name]), layers(MIXES[name])
-    assert outline_repeats(module) and tile_blocks(module, 1)
+    assert outline_repeats(module) and tile_blocks(module, 1).calls
     (body,) = {getattr(module, call.args[0].target) for call in calls(module.graph, INVOKE)}
     assert not calls(body.graph, ATEN.mm.default), "both products are in the tile"
     given_ = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
@@ -232,7 +245,8 @@ def test_over_the_batch(name):
     """What needs the whole batch gets it."""
     plain, module = layers(OVER_THE_BATCH[name]), layers(OVER_THE_BATCH[name])
     assert outline_repeats(module)
-    tile_blocks(module, 1)
+    done = tile_blocks(module, 1)
+    assert done.calls or done.left.endswith("needs the whole batch")
     given_ = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
     assert nearly_equal(plain(*given_), module(*given_))
     wide = [
@@ -246,7 +260,7 @@ def test_over_the_batch(name):
 
 def test_each_part_is_written_once():
     module = layers(MIXES["pointwise"])
-    assert outline_repeats(module) and tile_blocks(module, 8)
+    assert outline_repeats(module) and tile_blocks(module, 8).calls
     (body,) = {getattr(module, call.args[0].target) for call in calls(module.graph, INVOKE)}
     puts = calls(body.graph, PUT_PART)
     assert [put.args[2:] for put in puts] == [(0, 0), (0, 2), (0, 4), (0, 6)]
@@ -271,8 +285,8 @@ def test_masks_of_attention(mask):
 
     plain, module = make(), make()
     assert outline_repeats(module)
-    count = tile_blocks(module, 1)
-    assert count or mask == (8, 8), "of two dimensions it may be either"
+    done = tile_blocks(module, 1)
+    assert done.calls or mask == (8, 8), "of two dimensions it may be either"
     values = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
     assert nearly_equal(plain(*values), module(*values))
 
@@ -336,7 +350,7 @@ def test_a_compiled_model_trains_the_same_in_tiles(monkeypatch):
         memory = step_memory(functools.partial(model, *batch), lambda loss: loss.backward())
         assert memory.peak_bytes <= session.predict_peak().peak_bytes <= 1.02 * memory.peak_bytes
         assert session.recompiles == 0
-        assert any("tiles" in note for note in session.plan.notes) is tiles
+        assert any("part of the batch after the other" in note for note in session.plan.notes) is tiles
         found[tiles] = loss.detach(), list(grads.values()), memory.peak_bytes
     assert torch.allclose(found[False][0], found[True][0], rtol=1e-6)
     assert nearly_equal(found[False][1], found[True][1])
