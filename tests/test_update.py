@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import optimized
 from test_peak import Encoder, encoder_batch
-from torch import nn
+from torch import Tensor, nn
 
 import slimfit_fx
 from bench.measure import recorded_step, replay
@@ -88,6 +88,27 @@ def test_nothing_of_the_optimizer_is_touched():
     update_memory(optimizer, {id(p) for p in wanted})
     assert calls == [] and steps == [float(s["step"]) for s in optimizer.state.values()]
     assert all(torch.equal(a, p) and p.grad is g for a, p, g in zip(before, wanted, grads, strict=True))
+
+
+FLOAT, HALF, BRAIN, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(FLOAT, BRAIN), (BRAIN, FLOAT), (DOUBLE, BRAIN), (BRAIN, HALF), (FLOAT, FLOAT)], ids=str
+)
+@pytest.mark.parametrize(
+    "work", [Tensor.add_, Tensor.add, Tensor.mul_, Tensor.lt, Tensor.copy_], ids=lambda f: f.__name__
+)
+def test_pointwise_work_on_two_dtypes_makes_copies(dtypes, work):
+    """Counted, on meta tensors, as the allocator does on real ones."""
+
+    def peak(device: str) -> int:
+        a, b = (torch.ones(1000, dtype=dtype, device=device) for dtype in dtypes)
+        if device == "meta":
+            return count_bytes(lambda: work(a, b), torch.device("cpu"))
+        return replay(recorded_step(lambda: None, lambda _: work(a, b))).peak_bytes
+
+    assert peak("cpu") == peak("meta")
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

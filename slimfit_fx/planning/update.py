@@ -6,12 +6,14 @@
 
 Nothing is computed: a dispatch mode adds up the tensors that the optimizer's own code makes and lets go of. So whatever
 ``torch.optim`` does counts (one parameter at a time, ``foreach``, ``fused``), and optimizers of others that are made of
-torch's operators. Matrix products (Muon has some) need room for themselves besides, as in a step (workspaces.py).
+torch's operators. Matrix products (Muon has some) need room for themselves besides, as in a step (workspaces.py), and
+so does a CPU's pointwise work on floating-point tensors of two dtypes: it brings them to one first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -99,7 +101,7 @@ def _measuring_bytes(params: Sequence[Tensor], metric: Any, most: int | None) ->
 def count_bytes(function: Callable[[], Any], device: torch.device | None = None) -> int:
     """The most bytes in tensors that ``function`` makes, on meta tensors, at any moment. Its result is among them.
 
-    ``device``: where it would run; what matrix products take for themselves there is counted, too.
+    ``device``: where it would run; what matrix products and casts take for themselves there is counted, too.
     """
     with _Counter(device) as counter:
         result = function()
@@ -203,7 +205,7 @@ class _Counter(_NumbersAtHand):
             if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in known:
                 self._made += storage.nbytes() - self._alive.get(storage._cdata, (None, 0))[1]
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        inside = 0 if self._device is None else _product_bytes(func, args, kwargs or {}, self._device)
+        inside = 0 if self._device is None else _inside_bytes(func, args, kwargs or {}, self._device)
         if self._made + inside > self.most:
             self._let_go()
             self.most = max(self.most, self._made + inside)
@@ -214,11 +216,28 @@ class _Counter(_NumbersAtHand):
             self._made -= self._alive.pop(key)[1]
 
 
+def _inside_bytes(func: Any, args: Any, kwargs: Any, device: torch.device) -> int:
+    """What a call on meta tensors would take for itself on ``device``."""
+    if func._schema.name in _PRODUCTS:
+        return _product_bytes(func, args, kwargs, device)
+    return _cast_bytes(func, args) if device.type == "cpu" and torch.Tag.pointwise in func.tags else 0
+
+
+def _cast_bytes(func: Any, args: Any) -> int:
+    """Copies in the common dtype that pointwise work makes on a CPU; of what it writes to, one more to write."""
+    tensors = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
+    common = functools.reduce(torch.promote_types, (x.dtype for x in tensors)) if tensors else None
+    written = [a for a, is_written in zip(args, _writes(func), strict=False) if is_written and isinstance(a, Tensor)]
+    return sum(x.numel() * common.itemsize for x in [*tensors, *written] if common is not None and x.dtype != common)
+
+
+def _writes(func: Any) -> list[bool]:
+    return [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+
+
 def _product_bytes(func: Any, args: Any, kwargs: Any, device: torch.device) -> int:
-    """What a matrix product of meta tensors would take for itself on ``device``; 0 for any other operator."""
+    """What a matrix product of meta tensors would take for itself on ``device``."""
     name = func._schema.name
-    if name not in _PRODUCTS:
-        return 0
 
     def spec(leaf: Any) -> Any:
         return dataclasses.replace(TensorSpec.of(leaf), device=device) if isinstance(leaf, Tensor) else leaf
