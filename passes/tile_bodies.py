@@ -1,4 +1,4 @@
-"""Write a block anew, with calls of tiles in place of stretches of its nodes."""
+"""Write a block anew, with calls of tiles in place of a stretch of its nodes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiled_body(body: fx.GraphModule, found: Stretches, stretch: Stretch) -> fx.G
 
 
 class _Builder:
-    """Writes a block anew, with calls of tiles in place of its stretches."""
+    """Writes a block anew."""
 
     def __init__(self, body: fx.GraphModule, found: Stretches, stretch: Stretch) -> None:
         self._old, self._found, self._stretch = body, found, stretch

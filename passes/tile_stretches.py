@@ -13,8 +13,9 @@ from torch import fx
 
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.joint import nbytes
-from slimfit_fx.graph.tiling import SAME, SUM, Flow, State, States, follow
+from slimfit_fx.graph.tiling import SAME, Flow, State, States, follow
 from slimfit_fx.passes.outline_repeats import owner
+from slimfit_fx.planning.blocks import TensorSpec, is_dense
 
 log = logging.getLogger("slimfit_fx.passes")
 COND = torch.ops.higher_order.cond
@@ -149,11 +150,11 @@ class Stretches:
         return node in self.inside and self.level[node] == level
 
     def _can_leave(self, node: fx.Node) -> bool:
-        """A ghost in tiles cannot be put together; of several results each leaves on its own."""
+        """Of several results each leaves on its own; ghosts, and elements that share memory, cannot be written to."""
         state = self.inside[node]
         if not isinstance(state, int) or not ops.is_tensor(node):
             return False
-        return state == SUM or node not in self._gate
+        return state < 0 or (node not in self._gate and is_dense(TensorSpec.of(node.meta["val"])))
 
     def _of_outside(self, node: fx.Node) -> State:
         state = self.inside.get(node)
@@ -242,7 +243,7 @@ def follow_branch(graph: fx.Graph, given: Sequence[States], tiles: int) -> TileB
 
 
 def _divides(node: fx.Node, flow: Flow, tiles: int) -> bool:
-    """Whether all that is cut can be cut into tiles of one size, each of which begins where kernels expect it."""
+    """Whether all that is cut can be cut into tiles of one size."""
     vals = node.meta["val"] if isinstance(flow.result, tuple) else (node.meta["val"],)
     states = flow.result if isinstance(flow.result, tuple) else (flow.result,)
     results = [(v, s) for v, s in zip(vals, states, strict=True) if s is not None and s >= 0]
@@ -284,11 +285,7 @@ def _borders(lives: Sequence[_Life], count: int) -> list[int]:
     for life in (life for life in lives if not life.fused):
         for place in range(life.born + 1, min(life.dies, count) + 1):
             crossing[place] += life.nbytes
-    lowest = [
-        place
-        for place in range(1, count)
-        if crossing[place] < crossing[place - 1] or (crossing[place] == crossing[place - 1] and place == 1)
-    ]
+    lowest = [place for place in range(1, count) if crossing[place] < crossing[place - 1]]
     return sorted({0, count, *sorted(lowest, key=crossing.__getitem__)[:_BORDERS_TRIED]})
 
 

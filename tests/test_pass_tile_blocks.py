@@ -9,7 +9,7 @@ import operator
 import pytest
 import torch
 from effort import examples
-from graphs import ATEN, Sketch, calls, copy_seam, module_texts, run_pair, stopped_after, value_of
+from graphs import ATEN, Sketch, calls, copy_seam, module_texts, run_pair, stopped_after, unequal, value_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import optimized
@@ -18,6 +18,7 @@ from strategies import build, inputs, specs
 from torch import fx, nn
 
 import slimfit_fx
+from slimfit_fx.graph.tiling import SUM, Flow, follow
 from slimfit_fx.passes import outline_repeats as outlined_
 from slimfit_fx.passes import tile_blocks as tile_blocks_
 from slimfit_fx.passes import tile_stretches
@@ -217,6 +218,12 @@ MIXES = {
     ),
     "a constant": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.full.default, [8, 1, 24], 2.0)),
 }
+
+
+def _square(s: Sketch, x: fx.Node) -> fx.Node:
+    return s.call(ATEN.mul.Tensor, x, x)
+
+
 OVER_THE_BATCH = {
     "mean": lambda s, x: s.call(ATEN.sub.Tensor, x, s.call(ATEN.mean.dim, x, [0], True)),
     "softmax": lambda s, x: s.call(ATEN._softmax.default, x, 0, False),
@@ -224,6 +231,7 @@ OVER_THE_BATCH = {
     "rolled": lambda s, x: s.call(
         ATEN.cat.default, [s.call(ATEN.slice.Tensor, x, 0, 4, 8), s.call(ATEN.slice.Tensor, x, 0, 0, 4)], 0
     ),
+    "the square of a sum": lambda s, x: s.call(ATEN.add.Tensor, x, _square(s, s.call(ATEN.sum.dim_IntList, x, [0]))),
     "a sum that is no sum of parts": lambda s, x: s.call(
         ATEN.mul.Tensor, x, s.call(ATEN.tanh.default, s.call(ATEN.sum.dim_IntList, x, [0], True))
     ),
@@ -265,6 +273,78 @@ def test_each_part_is_written_once():
     puts = calls(body.graph, PUT_PART)
     assert [put.args[2:] for put in puts] == [(0, 0), (0, 2), (0, 4), (0, 6)]
     assert all(put.args[1].target is operator.getitem for put in puts)
+
+
+def test_values_that_overlap_in_memory_are_not_put_together():
+    """An expanded value that is read by what needs the whole batch: its parts cannot be written one by one."""
+
+    def make() -> fx.GraphModule:
+        s = Sketch()
+        x, kept = s.input("x", 8, 4, 6), []
+        for index in range(4):
+            up, down = s.input(f"primals_{2 * index}", 6, 96), s.input(f"primals_{2 * index + 1}", 96, 6)
+            wide = s.call(ATEN.gelu.default, s.call(ATEN.mm.default, s.call(ATEN.view.default, x, [32, 6]), up))
+            means = s.call(ATEN.view.default, s.call(ATEN.mean.dim, wide, [1], True), [8, 4, 1])
+            kept.append(s.call(ATEN.cumsum.default, s.call(ATEN.expand.default, means, [8, 4, 2]), 0))
+            x = s.call(ATEN.view.default, s.call(ATEN.mm.default, wide, down), [8, 4, 6])
+        return s.returns(x, *kept)
+
+    plain, module = make(), make()
+    assert outline_repeats(module) and tile_blocks(module, 1).calls
+    values = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*values), module(*values))
+
+
+def states(**known):
+    """What arguments are, by the names of their nodes; others are whole."""
+    return lambda node: known.get(node.name)
+
+
+OF_SUMS = {
+    "scaled": (lambda s, x, w: s.call(ATEN.mul.Tensor, x, w), True),
+    "doubled": (lambda s, x, w: s.call(ATEN.add.Tensor, x, x), True),
+    "divided": (lambda s, x, w: s.call(ATEN.div.Tensor, x, 3.0), True),
+    "divided and not rounded": (lambda s, x, w: s.call(ATEN.div.Tensor_mode, x, 3.0, rounding_mode=None), True),
+    "turned": (lambda s, x, w: s.call(ATEN.neg.default, x), True),
+    "divided and rounded": (lambda s, x, w: s.call(ATEN.div.Tensor_mode, x, 3.0, rounding_mode="floor"), False),
+    "squared": (lambda s, x, w: s.call(ATEN.mul.Tensor, x, x), False),
+    "divided by itself": (lambda s, x, w: s.call(ATEN.div.Tensor, x, x), False),
+    "divisor": (lambda s, x, w: s.call(ATEN.div.Tensor, w, x), False),
+    "moved": (lambda s, x, w: s.call(ATEN.add.Tensor, x, w), False),
+    "moved by a number": (lambda s, x, w: s.call(ATEN.add.Tensor, x, 1.0), False),
+    "made positive": (lambda s, x, w: s.call(ATEN.abs.default, x), False),
+    "cut off": (lambda s, x, w: s.call(ATEN._to_copy.default, x, dtype=torch.int64), False),
+}
+
+
+@pytest.mark.parametrize("name", OF_SUMS)
+def test_what_adds_up_over_tiles(name):
+    """Of sums over tiles linear work only: what it makes of the parts adds up to what it makes of the whole."""
+    make, linear = OF_SUMS[name]
+    s = Sketch()
+    node = make(s, s.input("total", 4), s.input("weight", 4))
+    assert follow(node, states(total=SUM)) == (Flow(SUM) if linear else None)
+
+
+@pytest.mark.parametrize(
+    ("bias", "gradient", "tiled_"), [(8, True, True), (1, True, False), (1, False, True), (8, False, True)]
+)
+def test_the_gradient_of_one_mask_for_all_examples_needs_all_of_them(bias, gradient, tiled_):
+    s = Sketch()
+    inputs = {name: s.input(name, 8, 2, 4, 4) for name in ("grad", "q", "k", "v", "out")}
+    extra = [s.input("bias", bias, 2, 4, 4), inputs["out"], s.input("lse", 8, 2, 4)]
+    seeds = [s.input(name, 1, dtype=torch.int64) for name in ("seed", "offset")]
+    node = s.graph.call_function(
+        ATEN._scaled_dot_product_efficient_attention_backward.default,
+        (*(inputs[name] for name in ("grad", "q", "k", "v")), *extra, *seeds, 0.0, [True, True, True, gradient]),
+    )
+    vals = [inputs[name].meta["val"] for name in ("q", "k", "v")]
+    node.meta["val"] = (*vals, extra[0].meta["val"] if gradient else None)
+    for place in range(3 + gradient):
+        s.call(operator.getitem, node, place)
+    flow = follow(node, states(grad=0, q=0, k=0, v=0, out=0, lse=0))
+    assert (flow is not None) is tiled_
+    assert flow is None or flow.result[:3] == (0, 0, 0)
 
 
 @pytest.mark.parametrize("mask", [(8, 8), (1, 1, 8, 8), (8, 1, 8, 8), None])
@@ -315,7 +395,7 @@ def test_tiles_is_true_or_false(value):
 @settings(max_examples=examples(25))
 @given(data=st.data(), seed=st.integers(0, 2**16), rows=st.sampled_from((1, 8)))
 def test_any_model_computes_the_same_in_tiles(data, seed, rows):
-    """But for rounding, whatever is closed; a ghost in tiles is a ghost."""
+    """But for rounding, whatever is closed; a ghost in tiles is a ghost, and open gradients are the same bits."""
     spec = data.draw(specs(max_layers=4, repeats=(3, 4), sizes=("static",)))
     spec = dataclasses.replace(spec, batch=data.draw(st.sampled_from((4, 6))))
     torch._dynamo.reset()
@@ -327,6 +407,9 @@ def test_any_model_computes_the_same_in_tiles(data, seed, rows):
     user, grads = run_pair(seam, seed=seed, closed=closed)
     user_tiled, grads_tiled = run_tiles(copied, seed=seed, closed=closed)
     assert nearly_equal(user, user_tiled) and nearly_equal(grads, grads_tiled)
+    _, all_open = run_tiles(copied, seed=seed)
+    opened = [i for i, grad in enumerate(grads_tiled) if grad is None or not is_ghost(grad)]
+    assert unequal([all_open[i] for i in opened], [grads_tiled[i] for i in opened]) == []
 
 
 # ---- compiled

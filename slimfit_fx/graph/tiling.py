@@ -20,11 +20,12 @@ import torch
 from torch import fx
 
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.repeats import arguments_of
 
 SUM = -1
 """What the tiles give must be added up."""
 SAME = -2
-"""Every tile gives the same, or what nobody reads."""
+"""Every tile gives the same (the seeds of attention without dropout), or what nobody reads."""
 State = int | None
 """The dimension along which a value is tiled, ``SUM``, ``SAME``, or None: the whole value, which every tile has."""
 States = State | tuple[State, ...]
@@ -103,14 +104,18 @@ _LINEAR_IN_ONE = {
 
 def _sum(node: fx.Node, name: str, state_of: StateOf) -> Flow | None:
     """Linear operators on sums over tiles: what they make of the parts adds up as well."""
-    states = [state_of(argument) for argument in node.all_input_nodes]
+    states = [state_of(argument) for argument in arguments_of(node)]
     linear = (
         (name in _LINEAR_IN_ONE and len(states) == 1)
         or (name == "mul" and sorted(states, key=str) in ([SUM], [SUM, None]))
-        or (name == "div" and state_of(_first(node)) == SUM and states.count(SUM) == 1 and {*states} <= {SUM, None})
+        or (name == "div" and state_of(_first(node)) == SUM and {*states[1:]} <= {None} and not _rounds(node))
         or (name in {"add", "sub"} and states == [SUM, SUM])
     )
     return Flow(SUM) if linear and _val(node).dtype.is_floating_point else None
+
+
+def _rounds(node: fx.Node) -> bool:
+    return node.kwargs.get("rounding_mode") is not None
 
 
 def _elementwise(node: fx.Node, state_of: StateOf) -> Flow | None:
@@ -292,11 +297,14 @@ def _attention(node: fx.Node, state_of: StateOf) -> Flow | None:
             slices[argument] = 0
         elif state not in (0, None):
             return None
-    results = node.meta["val"]
-    return Flow(
-        tuple(0 if isinstance(r, torch.Tensor) and r.dim() >= 3 and r.shape[0] == batch else SAME for r in results),
-        slices,
+    results = tuple(
+        0 if isinstance(r, torch.Tensor) and r.dim() >= 3 and r.shape[0] == batch else SAME for r in node.meta["val"]
     )
+    read = {user.args[1] for user in node.users if ops.is_getitem(user)}
+    backward = "grad_out" in given or "grad_out_" in given
+    if backward and any(results[int(place)] == SAME for place in read):  # type: ignore[arg-type]
+        return None  # the gradient of a mask that all examples share
+    return Flow(results, slices)
 
 
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
