@@ -15,9 +15,8 @@ import torch
 from torch import fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import ops
+from slimfit_fx.graph import batch, ops
 from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph, read_joint
-from slimfit_fx.passes import tile_blocks as tiles
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
 from slimfit_fx.passes.find_cones import ConePlan, find_cones
@@ -233,6 +232,7 @@ def make_planner(work: Work, settings: Settings) -> Planner:
         recompute_share=settings.recompute_share,
         why_milder=settings.why_milder,
         prices=settings.prices_of(_device(work)),
+        cut=batch.cut_batch([work.joint.graph], _least_flops(work)) if settings.outline and settings.tile else None,
     )
 
 
@@ -257,17 +257,19 @@ def _outline(seam: Seam) -> int:
     return outline_repeats(seam.forward, spare_kernels=True) + outline_repeats(seam.backward)
 
 
+def _least_flops(work: Work) -> float:
+    return batch.LEAST_FLOPS["cpu" if _device(work).type == "cpu" else "gpu"]
+
+
 def _tile(work: Work) -> int:
-    fewest = tiles.FEWEST_ROWS["cpu" if _device(work).type == "cpu" else "gpu"]
-    done = [tile_blocks(module, fewest) for module in (work.pair().forward, work.pair().backward)]
-    calls, left = sum(d.calls for d in done), next((d.left for d in done if d.left), "")
+    done = tile_blocks(work.pair(), _least_flops(work))
     told = [
-        f"blocks run on a part of the batch after the other: {calls} tiles" if calls else "",
-        f"blocks run on the whole batch: {left}" if left else "",
+        f"blocks run on a part of the batch after the other: {done.calls} tiles" if done.calls else "",
+        f"blocks run on the whole batch: {done.left}" if done.left else "",
     ]
     if work.plan is not None:
         work.plan = replace(work.plan, note="; ".join(filter(None, (work.plan.note, *told))))
-    return calls
+    return done.calls
 
 
 def _split(work: Work) -> int:

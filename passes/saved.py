@@ -34,6 +34,16 @@ class Seam:
                 pairs.append((node, placeholders[self.names.get(node, node.name)]))
         return pairs
 
+    def saved_in_order(self) -> dict[fx.Node, fx.Node]:
+        """The same where blocks stand in the forward graph, whose results have names of their own.
+
+        What is saved twice, or returned to the caller as well, is left out.
+        """
+        outputs = self._forward_outputs()
+        saved = [n for n in outputs[self.num_fwd_outputs :] if isinstance(n, fx.Node) and ops.is_tensor(n)]
+        placeholders = filter(ops.is_tensor, self.backward.graph.find_nodes(op="placeholder"))
+        return {n: placeholder for n, placeholder in zip(saved, placeholders) if outputs.count(n) == 1}  # noqa: B905
+
     def saved_names(self, *, symbols: bool = False) -> list[str]:
         """The placeholders' names of the saved tensors (or symbols), in the order in which forward returns them."""
         saved = [n for n in self._forward_outputs()[self.num_fwd_outputs :] if isinstance(n, fx.Node)]

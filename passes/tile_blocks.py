@@ -14,29 +14,20 @@ weights add up, tile by tile, behind the gates that they had. What stands betwee
 follows it) becomes a block of its own if that pays.
 
 Which operators can see a tile only is said in graph/tiling.py, which nodes of a block run in tiles is decided in
-tile_stretches.py, and tile_bodies.py writes the tiles. Sums over the batch are rounded otherwise than at once.
+tile_stretches.py, tile_bodies.py writes the tiles, and tile_choices.py their calls. Sums over the batch are rounded
+otherwise than at once.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import fx
 
-from slimfit_fx.graph import ops
-from slimfit_fx.passes.outline_repeats import INVOKE, block_of, body_of, identifier_of, replace, stretches
-from slimfit_fx.passes.tile_bodies import tiled_body
-from slimfit_fx.passes.tile_stretches import Batch, Stretches, batch_of, has_symbols
-
-log = logging.getLogger("slimfit_fx.passes")
-COUNTS = (16, 8, 4, 2)
-"""Into how many tiles a batch may be cut; the most of them whose tiles have rows enough."""
-FEWEST_ROWS = {"cpu": 4096, "gpu": 16384}
-"""Examples times tokens of a tile: with fewer, products no longer fill the device, or starting kernels takes longer
-than running them."""
+from slimfit_fx.graph.batch import Cut, cut_batch
+from slimfit_fx.passes.saved import Seam
+from slimfit_fx.passes.tile_choices import Choice, blocks_of, choose
 
 
 @dataclass(frozen=True)
@@ -49,89 +40,43 @@ class Tiled:
     """Why the largest block of all runs on the whole batch; empty if it does not, or if the batch is small."""
 
 
-def tile_blocks(module: fx.GraphModule, fewest_rows: int) -> Tiled:
-    """Tile the blocks that ``module`` calls, and what it does between the calls.
+def tile_blocks(seam: Seam, least_flops: float) -> Tiled:
+    """Tile the blocks that both graphs call, and what they do between the calls.
 
-    ``fewest_rows``: of the widest products of a tile (examples times tokens); below it kernels would be too small.
+    ``least_flops``: of the mean product of a tile (floating-point operations); below it kernels would be too small.
     """
-    blocks, count, left = _blocks(module), 0, ""
-    batch = batch_of([getattr(module, name).graph for name in blocks])
-    tiles = _count(batch, fewest_rows) if batch is not None else 0
-    if batch is None or not tiles:
-        return Tiled()
-    largest = max(blocks, key=lambda name: len(getattr(module, name).graph.nodes))
-    for name, callers in blocks.items():
-        body = getattr(module, name)
-        tiled = _tiled(body, batch, _given(body, callers[0].args[2:]), tiles)
-        if isinstance(tiled, str):
-            left = tiled if name == largest else left
-            continue
-        setattr(module, name, tiled)
-        for call in callers:
-            call.args = (call.args[0], identifier_of(name, tiled.graph), *call.args[2:])
-        count += tiles * len(callers)
-    for number, window in enumerate(_between_calls(module.graph)):
-        block = block_of(module.graph, [window])
-        if isinstance(block, str):
-            log.debug("%d nodes between calls of blocks stay as they are: %s", len(window), block)
-            continue
-        body = body_of(module, block)
-        tiled = _tiled(body, batch, _given(body, [operand[0] for operand in block.inputs]), tiles)
-        if not isinstance(tiled, str):
-            replace(module, block, tiled, f"rest_{number}")
-            count += tiles
-    if count:
+    modules = (seam.forward, seam.backward)
+    cut = cut_batch([getattr(module, name).graph for module in modules for name in blocks_of(module)], least_flops)
+    chosen, left = _choose(seam, cut) if cut is not None else ([], "")
+    for choice in chosen:
+        choice.write()
+    for module in {choice.module for choice in chosen}:
         module.graph.lint()
         module.recompile()
-    return Tiled(count, left)
+    return Tiled(sum(choice.calls for choice in chosen), left)
 
 
-def _count(batch: Batch, fewest_rows: int) -> int:
-    """Into how many tiles the batch is cut; 0 if they would be too small."""
-    fit = (n for n in COUNTS if batch.examples % n == 0 and batch.rows // n >= fewest_rows)
-    return next(fit, 0)
+def _choose(seam: Seam, cut: Cut) -> tuple[list[Choice], str]:
+    """What runs in tiles, and why the largest block does not.
+
+    Where attention has dropout of its own, a tile of forward draws, and hands the same tile of backward its seed: both
+    run in tiles or neither does. What would draw for tiles in forward only sees the whole batch, and all is decided
+    again.
+    """
+    pairs, whole = seam.saved_in_order(), set[fx.Node]()
+    while True:
+        forward, left = choose(seam.forward, cut, set(), whole)
+        drawn = {node: pairs.get(node) for choice in forward for node in choice.drawn()}
+        seeds = {placeholder for placeholder in drawn.values() if placeholder is not None}
+        backward, left_too = choose(seam.backward, cut, seeds, whole)
+        alone = {node for node, placeholder in drawn.items() if placeholder is None or not _meet(placeholder, backward)}
+        alone |= {node for choice in backward for node in choice.drawn()}
+        if not alone:
+            return [*forward, *backward], left or left_too
+        whole |= alone
 
 
-def _between_calls(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
-    """Nodes in order, without calls of blocks and the results that are picked from these."""
-    windows = [tuple(n for n in nodes if not _is_picked(n)) for nodes in stretches(graph)]
-    return [window for window in windows if window]
-
-
-def _is_picked(node: fx.Node) -> bool:
-    return ops.is_getitem(node) and cast(fx.Node, node.args[0]).target is INVOKE
-
-
-def _given(body: fx.GraphModule, operands: Sequence[Any]) -> set[fx.Node]:
-    """The inputs of ``body`` that stand for parameters and the like."""
-    inputs = body.graph.find_nodes(op="placeholder")
-    return {node for node, operand in zip(inputs, operands, strict=True) if _is_given(operand)}
-
-
-def _blocks(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """The calls of each block, by its name."""
-    found: dict[str, list[fx.Node]] = {}
-    for call in module.graph.find_nodes(op="call_function", target=INVOKE):
-        found.setdefault(str(cast(fx.Node, call.args[0]).target), []).append(call)
-    return found
-
-
-def _is_given(node: fx.Node) -> bool:
-    """Whether it is an input of the joint graph as it is (a parameter, a mask), or a view or a cast of one."""
-    while node.op == "call_function" and (ops.is_view(node) or ops.op_name(node) in {"convert_element_type"}):
-        node = cast(fx.Node, node.args[0])
-    return node.op == "placeholder" and str(node.target).startswith("primals")
-
-
-def _tiled(body: fx.GraphModule, batch: Batch, given: Set[fx.Node], tiles: int) -> fx.GraphModule | str:
-    """``body`` in tiles, or the reason why it is left. ``given``: operands that are not of the batch."""
-    if has_symbols(body.graph):
-        return "sizes are symbolic"
-    if body.graph.find_nodes(op="call_function", target=INVOKE):
-        return "it runs in tiles already"
-    found = Stretches(body, batch, given, tiles)
-    chosen = found.best()
-    if isinstance(chosen, str):
-        log.debug("a block of %d nodes is not tiled: %s", len(body.graph.nodes), chosen)
-        return chosen
-    return tiled_body(body, found, chosen)
+def _meet(seeds: fx.Node, backward: Sequence[Choice]) -> bool:
+    """Whether all that reads ``seeds`` runs in tiles."""
+    readers = set[fx.Node]().union(*(choice.readers(seeds) for choice in backward))
+    return bool(readers) and readers.issuperset(seeds.users)

@@ -14,7 +14,7 @@ import slimfit_fx.runtime.parts  # noqa: F401  (registers the operator)
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import graph_text, value_text
 from slimfit_fx.graph.retrace import survives_pickling
-from slimfit_fx.graph.tiling import SUM, State, States, tile_arguments
+from slimfit_fx.graph.tiling import EACH, SUM, State, States, tile_arguments
 from slimfit_fx.passes.insert_gates import RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, identifier_of, owner
 from slimfit_fx.passes.tile_stretches import COND, Stretch, Stretches, follow_branch
@@ -36,13 +36,15 @@ class _Builder:
         self._graph = fx.Graph()
         self._modules: dict[str, torch.nn.Module] = {}
         self._env: dict[fx.Node, fx.Node] = {}
-        self._fake = detect_fake_mode([n.meta.get("val") for n in body.graph.nodes])
+        self._fake: Any = detect_fake_mode([n.meta.get("val") for n in body.graph.nodes])
         self._debug = _has_debug_ghosts(body)
 
     def build(self) -> fx.GraphModule:
         """The block in tiles: the same operands, the same results."""
         for node in self._old.graph.find_nodes(op="placeholder"):
             self._env[node] = self._graph.node_copy(node)
+            if node in self._found.drawn:
+                self._env[node].meta = {"val": self._one_for_each(node.meta["val"])}
         tiled = set(self._stretch.nodes)
         behind = [n for n in self._old.graph.nodes if n in self._stretch.behind or self._found.level[n]]
         for node in self._old.graph.nodes:
@@ -74,8 +76,9 @@ class _Builder:
         self._modules[name] = tile.module
         identifier = identifier_of(name, tile.module.graph)
         for result in stretch.results:
-            if cast(int, self._found.inside[result]) >= 0:
-                self._env[result] = self._room(result.meta["val"])
+            state, val = cast(int, self._found.inside[result]), result.meta["val"]
+            if state >= 0 or state == EACH:
+                self._env[result] = self._room(self._one_for_each(val) if state == EACH else val)
         for number in range(self._found.tiles):
             operands = [self._part(self._env[value], along, number) for value, along in tile.inputs]
             body = self._graph.get_attr(name)
@@ -84,6 +87,11 @@ class _Builder:
             for place, result in enumerate(stretch.results):
                 made = self._op(operator.getitem, (call, place), tile.vals[place])
                 self._take(result, made, number)
+
+    def _one_for_each(self, val: torch.Tensor) -> torch.Tensor:
+        """What each of the tiles has one of like ``val``, one beside the other."""
+        with self._fake:
+            return torch.empty((self._found.tiles, *val.shape), dtype=val.dtype, device=val.device)
 
     def _room(self, val: torch.Tensor) -> fx.Node:
         """Memory for the parts of a value like ``val``, in its layout."""
@@ -95,6 +103,8 @@ class _Builder:
     def _take(self, result: fx.Node, made: fx.Node, number: int) -> None:
         """Add what tile ``number`` gave to ``result``, or write it where it belongs."""
         state = cast(int, self._found.inside[result])
+        if state == EACH:
+            state, made = 0, self._op(torch.ops.aten.unsqueeze.default, (made, 0))
         if state >= 0:
             start = number * made.meta["val"].shape[state]
             put = self._graph.call_function(PUT_PART, (self._env[result], made, state, start))
@@ -107,6 +117,8 @@ class _Builder:
     def _part(self, value: fx.Node, along: State, number: int) -> fx.Node:
         if along is None:
             return value
+        if along == EACH:
+            return self._op(torch.ops.aten.select.int, (value, 0, number))
         size = value.meta["val"].shape[along] // self._found.tiles
         return self._op(torch.ops.aten.slice.Tensor, (value, along, number * size, (number + 1) * size))
 
@@ -179,7 +191,7 @@ class _Tile:
 
     def _operand(self, value: fx.Node, along: State) -> None:
         val = value.meta["val"]
-        if along is not None:
+        if along is not None and along != EACH:
             with self._fake:
                 val = val.narrow(along, 0, val.shape[along] // self._found.tiles)
         if along is not None and _is_constant(value):
@@ -247,7 +259,7 @@ class _Tile:
         return found
 
     def _check(self, stretch: Stretch) -> None:
-        """The parts make up what they are parts of."""
+        """The parts make up what they are parts of; what each tile has of its own is like what there was."""
         for node, val in zip(stretch.results, self.vals, strict=True):
             state, whole = cast(int, self._found.inside[node]), node.meta["val"]
             shape = list(val.shape)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
 
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.batch import Batch
 from slimfit_fx.graph.joint import nbytes
-from slimfit_fx.graph.tiling import SAME, Flow, State, States, follow
+from slimfit_fx.graph.tiling import EACH, SAME, SUM, Flow, State, States, follow
 from slimfit_fx.passes.outline_repeats import owner
 from slimfit_fx.planning.blocks import TensorSpec, is_dense
 
@@ -24,32 +26,6 @@ WORTH = 0.9
 _ALIGNMENT = 16
 """Bytes: kernels are compiled for operands that begin at a multiple."""
 _BORDERS_TRIED = 16
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sizes by which a value of the whole batch is known."""
-
-    examples: int
-    rows: int
-    """Examples times tokens."""
-
-    def along(self, val: Any) -> State:
-        """The dimension along which a value from outside may be cut; None: it is not of the batch, or unclear."""
-        if not isinstance(val, torch.Tensor) or val.dim() < 2:
-            return None
-        return 0 if val.shape[0] == self.examples or (val.dim() == 2 and val.shape[0] == self.rows) else None
-
-
-def batch_of(graphs: Sequence[fx.Graph]) -> Batch | None:
-    """Read off the largest operand of three dimensions, (examples, tokens, width), or else value; None if none has."""
-    for op in ("placeholder", "call_function"):
-        found = [n.meta["val"] for graph in graphs for n in graph.nodes if n.op == op and ops.is_tensor(n)]
-        wide = [v for v in found if v.dim() == 3 and all(isinstance(size, int) for size in v.shape)]
-        if wide:
-            largest = max(wide, key=lambda v: v.numel() * v.element_size())
-            return Batch(largest.shape[0], largest.shape[0] * largest.shape[1])
-    return None
 
 
 def has_symbols(graph: fx.Graph) -> bool:
@@ -75,9 +51,23 @@ class Stretches:
     on, or one above if it needs all tiles of that. What no tile reaches (weights, masks) is done before.
     """
 
-    def __init__(self, body: fx.GraphModule, batch: Batch, given: Set[fx.Node], tiles: int) -> None:
-        self.body, self.tiles = body, tiles
-        self._batch, self._whole = batch, set(given)
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        batch: Batch,
+        given: Set[fx.Node],
+        tiles: int,
+        drawn: Set[fx.Node] = frozenset(),
+        *,
+        draws: bool = False,
+    ) -> None:
+        """Follow the batch through ``body``.
+
+        ``given``: inputs that are not of the batch. ``drawn``: those that hold a seed for each tile. ``draws``: whether
+        attention may draw for a tile.
+        """
+        self.body, self.tiles, self.drawn = body, tiles, drawn
+        self._batch, self._whole, self._draws = batch, set(given), draws
         self.level: dict[fx.Node, int] = {}
         self.inside: dict[fx.Node, States] = {}
         """What each node is of which a tile has its part."""
@@ -95,8 +85,9 @@ class Stretches:
     def best(self) -> Stretch | str:
         """The stretch that lets the block hold the least in tiles; the reason if none is worth it.
 
-        Where nodes that need the whole batch lie between others (attention with dropout of its own), the block is left
-        as it is: all that could run before them would wait in memory for what runs behind them.
+        Where nodes that need the whole batch lie between others, the block is left as it is: all that could run before
+        them would wait in memory for what runs behind them. A block that draws runs in tiles for the sake of backward,
+        whatever it holds itself.
         """
         if not self.inside:
             return "nothing in it is of the batch"
@@ -104,13 +95,15 @@ class Stretches:
             return f"{self._needs_all()} needs the whole batch"
         nodes = [n for n in self.body.graph.nodes if n in self.inside]
         lives = _lives(nodes, self.same_as.keys())
-        at_once = _most_alive(lives, len(nodes), None, self.tiles)
+        bound = WORTH * _most_alive(lives, len(nodes), None, self.tiles)
+        if EACH in self.inside.values():
+            bound = math.inf
         spans = sorted(
             (_most_alive(lives, len(nodes), span, self.tiles), span[0] - span[1], span)
             for span in itertools.combinations(_borders(lives, len(nodes)), 2)
         )
         for held, _, (first, last) in spans:
-            if held >= WORTH * at_once:
+            if held >= bound:
                 break
             stretch = self._stretch(nodes[first:last], nodes[last:])
             if stretch is not None:
@@ -121,21 +114,49 @@ class Stretches:
         """The first operator that runs on what all tiles gave, and gives what is of the batch again."""
         later = (n for n in self.inside if self.level[n])
         read = (value for node in later for value in node.all_input_nodes)
-        return next((ops.op_name(n) for n in read if n not in self.inside and self.level[n]), "an operator")
+        found = next(n for n in read if n not in self.inside and self.level[n])
+        while ops.is_getitem(found):
+            found = cast(fx.Node, found.args[0])
+        return ops.op_name(found)
 
     def _stretch(self, nodes: Sequence[fx.Node], behind: Sequence[fx.Node]) -> Stretch | None:
-        """The stretch of ``nodes``; None if what it gives cannot be put together, or parts begin at odd places."""
+        """The stretch of ``nodes``; None if it cannot be one.
+
+        What it gives may not be put together, parts may begin at odd places, seeds of tiles be read by something else.
+        """
+        nodes = self._unfinished(nodes)
         inside = set(nodes)
         results = tuple(n for n in nodes if any(u not in inside and u not in self.same_as for u in n.users))
         if not all(self._can_leave(node) for node in results):
             return None
+        made = {node for node, state in self.inside.items() if state == EACH}
+        if not made <= inside or any(u.op != "output" and u not in inside for n in made for u in n.users):
+            return None
+        if any(user not in inside for seeds in self.drawn for user in self._readers(seeds)):
+            return None
         read = [(node, value) for node in nodes for value in node.all_input_nodes if value not in inside]
-        if any(isinstance(self.inside.get(value), tuple) for _, value in read):
+        if any(isinstance(state := self.inside.get(value), tuple) or state == SUM for _, value in read):
             return None
         cuts = [(value.meta["val"], self.cut(node, value)) for node, value in read if value.op != "get_attr"]
-        if any(along is not None and _part_bytes(val, along, self.tiles) % _ALIGNMENT for val, along in cuts):
+        parts = [(val, along) for val, along in cuts if along is not None and along != EACH]
+        if any(_part_bytes(val, along, self.tiles) % _ALIGNMENT for val, along in parts):
             return None
         return Stretch(tuple(nodes), results, frozenset(behind))
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What reads it, or what is the same."""
+        for user in node.users:
+            yield from self._readers(user) if user in self.same_as else [user]
+
+    def _unfinished(self, nodes: Sequence[fx.Node]) -> Sequence[fx.Node]:
+        """``nodes`` without those that work on sums of nodes before them: a tile would do so with the whole sum."""
+        within: dict[fx.Node, None] = {}
+        for node in nodes:
+            arguments = node.all_input_nodes[:1] if ops.op_name(node) == "release" else node.all_input_nodes
+            read = [n for n in arguments if n in self.inside]
+            if not read or any(n in within or self.inside[n] != SUM for n in read):
+                within[node] = None
+        return tuple(within)
 
     def gate(self, node: fx.Node) -> fx.Node | None:
         """What switches the branch that gave ``node``; None if none did."""
@@ -157,9 +178,12 @@ class Stretches:
         return state < 0 or (node not in self._gate and is_dense(TensorSpec.of(node.meta["val"])))
 
     def _of_outside(self, node: fx.Node) -> State:
+        node = self.same_as.get(node, node)
         state = self.inside.get(node)
         if state is not None:
             return state if isinstance(state, int) and state >= 0 else None
+        if node in self.drawn:
+            return EACH
         return None if node in self._whole else self._batch.along(node.meta.get("val"))
 
     def _place(self, node: fx.Node) -> None:
@@ -174,18 +198,18 @@ class Stretches:
             if not ops.is_getitem(node):  # of an operator that saw the whole batch: one result may be of it
                 self._whole.add(node)
             return
-        if ops.op_name(node) == "hold" and state_of(arguments[0]) is None:
+        if ops.op_name(node) == "hold" and (state_of(arguments[0]) is None or arguments[0] in self.drawn):
             source = arguments[0]
             self.level[node], self.same_as[node] = self.level[source], self.same_as.get(source, source)
             return
         flow = self._follow(node, state_of)
-        if flow is None or not _divides(node, flow, self.tiles):
+        if flow is None or not _divides(node, flow, self.tiles) or (_draws(flow) and not self._draws):
             self.level[node] = level + any(self._is_in(n, level) for n in arguments)
             return
         self.level[node], self.inside[node], self._slices[node] = level, flow.result, flow.slices
         if node.target is COND:
             self._gate[node] = cast(fx.Node, node.args[0])
-        elif ops.is_getitem(node) or ops.op_name(node) in {"release", "laid_out"}:
+        elif ops.is_getitem(node) or ops.is_view(node) or ops.op_name(node) in {"release", "laid_out"}:
             if arguments[0] in self._gate:
                 self._gate[node] = self._gate[arguments[0]]
 
@@ -237,9 +261,13 @@ def follow_branch(graph: fx.Graph, given: Sequence[States], tiles: int) -> TileB
         whole |= {n for n in arguments if states[n] is None and n not in flow.slices}
         states[node] = flow.result
     results = tuple(states[n] for n in cast("Sequence[fx.Node]", graph.output_node().args[0]))
-    if whole & cuts.keys() or not all(isinstance(r, int) and r != SAME for r in results):
+    if whole & cuts.keys() or not all(isinstance(r, int) and r not in (SAME, EACH) for r in results):
         return None
     return TileBranch(cast("tuple[State, ...]", results), {inputs.index(n): d for n, d in cuts.items()}, states)
+
+
+def _draws(flow: Flow) -> bool:
+    return isinstance(flow.result, tuple) and EACH in flow.result
 
 
 def _divides(node: fx.Node, flow: Flow, tiles: int) -> bool:

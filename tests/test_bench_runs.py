@@ -264,6 +264,7 @@ def test_the_bound_on_the_scheduler_is_kept_with_its_verdict(monkeypatch, result
 # ---- levels of recompute
 
 
+@pytest.mark.thorough
 def test_levels_are_shown_as_expected_and_as_inductor_has_them(monkeypatch, capsys):
     tiny = {"model": "bert", "width": 32, "heads": 2, "batch": 32, "length": 16, "vocab": 50}
     monkeypatch.setattr(bench_levels, "CASES", {"tiny": tiny})

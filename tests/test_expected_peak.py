@@ -11,6 +11,7 @@ import torch
 from effort import examples
 from graphs import stopped_after
 from hypothesis import given, settings
+from small_models import Tiny, tokens
 from strategies import Spec, build, inputs, specs
 from torch import nn
 
@@ -18,6 +19,9 @@ import slimfit_fx
 from bench.levels import peak_of_visits, watched_traces
 from slimfit_fx.capture.partitioner import settings_of
 from slimfit_fx.config import Config
+from slimfit_fx.graph import batch
+from slimfit_fx.graph.batch import Batch
+from slimfit_fx.graph.batch import Cut as BatchCut
 from slimfit_fx.passes import pipeline
 from slimfit_fx.planning.expected_peak import expected_backward, expected_peak, visits
 from slimfit_fx.planning.mincut import Cut
@@ -147,3 +151,25 @@ def test_levels_are_in_the_order_of_what_inductor_takes(scores, levels):
             assert expected[one] < expected[other], (taken, expected)
     if scores:
         assert taken["products"] < 0.8 * taken["blocks"], f"the case that saved bytes get wrong: {taken}, {expected}"
+
+
+def test_what_is_made_in_tiles_counts_with_one_of_them():
+    """What is saved is there whole; what backward makes of the batch is there for a fifth of it."""
+    planner = planner_of(Chain(), (torch.randn(10, 100, 8, requires_grad=True),), preset="exact", freeze_rate=0.9)
+    cut, wide = planner.plan().cut, 4 * 1000 * 64
+    whole = expected_peak(planner, cut)
+    planner.batch_cut = BatchCut(Batch(10, 1000), 5)
+    assert whole == pytest.approx(2 * wide, rel=0.15)
+    assert expected_peak(planner, cut) == pytest.approx(1.2 * wide, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("least", "changes", "tiles"),
+    [(0.0, {}, 8), (1e12, {}, None), (0.0, {"tiles": False}, None), (0.0, {"executor": "interpreter"}, None)],
+)
+def test_tiles_are_expected_where_there_will_be_some(monkeypatch, least, changes, tiles):
+    monkeypatch.setattr(batch, "LEAST_FLOPS", {"cpu": least})
+    chosen = {"executor": "inductor", "tiles": True, **changes}
+    found = planner_of(Tiny(depth=2), tokens(batch=8), **chosen).batch_cut
+    assert (found.tiles if found else None) == tiles
+    assert found is None or found.batch == Batch(8, 64)

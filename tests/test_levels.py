@@ -242,7 +242,7 @@ def test_no_codec_touches_where_blocks_run_again_what_it_must_not_touch():
     assert {"mask", "input"} <= seen and planner.tainted & planner.forward
 
 
-@pytest.mark.parametrize(("freeze_rate", "paid"), [(0.9, True), (0.2, False)])
+@pytest.mark.parametrize(("freeze_rate", "paid"), [(0.9, True), pytest.param(0.2, False, marks=pytest.mark.thorough)])
 def test_the_plan_says_what_was_chosen_beyond_cheap_work(freeze_rate, paid):
     config = Config(preset="exact", recompute="auto", freeze_rate=freeze_rate, min_bytes=0)
     plan = slimfit_fx.plan(Tiny(depth=6), *tokens(batch=8), config=config)

@@ -124,7 +124,7 @@ def test_faster_products_run_again_where_slower_ones_do_not(monkeypatch):
     assert products_again(1e-3) < products_again(1e6)
 
 
-@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+@pytest.mark.parametrize("recompute", ["cheap", pytest.param("blocks", marks=pytest.mark.thorough)])
 def test_a_plan_tells_the_time_it_expects(recompute):
     def time_of(**settings) -> ExpectedTime:
         config = Config(recompute=recompute, min_bytes=0, **settings)

@@ -116,6 +116,7 @@ def test_a_share_of_the_blocks_runs_again_from_the_first_on(level):
         assert again[count + 1 :] == [0] * len(again[count + 1 :]) and sum(again) < sum(everywhere)
 
 
+@pytest.mark.thorough
 def test_the_larger_the_share_the_less_is_saved():
     def saved(share: float) -> int:
         model = Tiny(depth=6, dropout=0.1)

@@ -60,7 +60,13 @@ def test_it_learns():
     assert sum(losses[-10:]) < 0.25 * sum(losses[:10])
 
 
-@pytest.mark.parametrize(("scheduler", "most"), [("ils", None), ("ils", 64), ("random", None), ("round_robin", None)])
+@pytest.mark.parametrize(
+    ("scheduler", "most"),
+    [
+        *(("ils", None), ("ils", 64)),
+        *(pytest.param(name, None, marks=pytest.mark.thorough) for name in ("random", "round_robin")),
+    ],
+)
 def test_a_resumed_run_equals_the_run_without_a_stop(scheduler, most):
     def fresh():
         settings = {"scheduler": scheduler, "distance_sample": most, "freeze_rate": 0.6}

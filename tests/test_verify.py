@@ -15,7 +15,8 @@ from reference import optimized, step
 from small_models import Tiny, tokens
 from strategies import build, inputs, specs
 
-from slimfit_fx.passes import tile_blocks, tile_stretches, verify
+from slimfit_fx.graph import batch
+from slimfit_fx.passes import tile_stretches, verify
 from slimfit_fx.passes.verify import JOINT_RULES, SEAM_RULES, IllegalGraphError, verify_joint, verify_seam
 
 LAST_PASS = {
@@ -42,7 +43,7 @@ def legal() -> dict[str, Bench]:
     graphs["gated"] = stopped_after(LAST_PASS["gated"], Fork(), chain_input(), units="*")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_stretches, "WORTH", 1e9)
-        patch.setattr(tile_blocks, "FEWEST_ROWS", {"cpu": 1})
+        patch.setattr(batch, "LEAST_FLOPS", {"cpu": 1})
         layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=4), tokens(), executor="inductor", tiles=True)
     return {**graphs, "outlined": layers}
 

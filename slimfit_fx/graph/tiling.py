@@ -26,8 +26,12 @@ SUM = -1
 """What the tiles give must be added up."""
 SAME = -2
 """Every tile gives the same (the seeds of attention without dropout), or what nobody reads."""
+EACH = -3
+"""Every tile has one of its own (the seeds with which attention drew); those of all tiles stand one beside the other
+in a new first dimension."""
 State = int | None
-"""The dimension along which a value is tiled, ``SUM``, ``SAME``, or None: the whole value, which every tile has."""
+"""The dimension along which a value is tiled, ``SUM``, ``SAME``, ``EACH``, or None: the whole value, which every tile
+has."""
 States = State | tuple[State, ...]
 """Of an operator with several results: one each."""
 
@@ -63,6 +67,8 @@ def follow(node: fx.Node, state_of: StateOf) -> Flow | None:
     if SUM in states:
         return _sum(node, name, state_of)
     rule = _RULES.get(name)
+    if EACH in states and rule is not _attention:
+        return None
     if rule is not None:
         return rule(node, state_of)
     pointwise = ops.is_pointwise(node) and ops.is_tensor(node) and not ops.is_random(node)
@@ -246,6 +252,20 @@ def _product(node: fx.Node, state_of: StateOf) -> Flow | None:
     return Flow(result, slices)
 
 
+def _gather(node: fx.Node, state_of: StateOf) -> Flow | None:
+    """Picked along another dimension than the tiled one: what is picked from and the places have the same examples."""
+    source, index = node.args[0], node.args[2]
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    along = {state_of(source), state_of(index)} - {None}
+    place = _dim_argument(node) % _val(node).dim()
+    if len(along) != 1 or place in along:
+        return None
+    result = _int(along.pop())
+    if _val(source).shape[result] != _val(index).shape[result]:
+        return None
+    return Flow(result, {value: result for value in (source, index) if state_of(value) is None})
+
+
 def _scatter(node: fx.Node, state_of: StateOf) -> Flow | None:
     """Written into a slice along another dimension: both are tiled alike, or are cut so."""
     into, written = node.args[:2]
@@ -279,29 +299,40 @@ _MASKS = {"attn_bias", "attn_mask"}
 """Of these only those that have all dimensions do."""
 
 
+_SEEDS = {"philox_seed", "philox_offset"}
+"""With which forward drew."""
+
+
 def _attention(node: fx.Node, state_of: StateOf) -> Flow | None:
-    """Attention is of one example at a time; its own dropout draws for all at once."""
+    """Attention is of one example at a time.
+
+    Its own dropout draws for those it sees, and gives the seeds: what was drawn for tiles must be brought back for the
+    same tiles.
+    """
     given = _named_arguments(node)
-    if float(given.get("dropout_p") or 0.0) != 0.0:
-        return None
+    draws = float(given.get("dropout_p") or 0.0) != 0.0
     query, slices = _val(given["query"]), {}
     batch = query.shape[0]
     for name, argument in given.items():
         if not isinstance(argument, fx.Node):
             continue
         state = state_of(argument)
-        if name not in _PER_EXAMPLE or (name in _MASKS and _val(argument).dim() < query.dim()):
+        if name in _SEEDS:
+            if state != (EACH if draws else None):
+                return None
+        elif name not in _PER_EXAMPLE or (name in _MASKS and _val(argument).dim() < query.dim()):
             if state is not None:
                 return None
         elif state is None and _val(argument).shape[0] == batch:
             slices[argument] = 0
         elif state not in (0, None):
             return None
+    backward = "grad_out" in given or "grad_out_" in given
+    others = EACH if draws and not backward else SAME
     results = tuple(
-        0 if isinstance(r, torch.Tensor) and r.dim() >= 3 and r.shape[0] == batch else SAME for r in node.meta["val"]
+        0 if isinstance(r, torch.Tensor) and r.dim() >= 3 and r.shape[0] == batch else others for r in node.meta["val"]
     )
     read = {user.args[1] for user in node.users if ops.is_getitem(user)}
-    backward = "grad_out" in given or "grad_out_" in given
     if backward and any(results[int(place)] == SAME for place in read):  # type: ignore[arg-type]
         return None  # the gradient of a mask that all examples share
     return Flow(results, slices)
@@ -320,6 +351,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _softmax_backward),
     **dict.fromkeys(("select", "unbind"), _select),
     "cat": _cat,
+    "gather": _gather,
     "slice_scatter": _scatter,
     "select_scatter": _select_scatter,
     **dict.fromkeys(("clone", "alias", "contiguous", "detach", "_to_copy"), _elementwise),

@@ -8,6 +8,9 @@ Nothing is partitioned and no code is written, as for the true peak (peak.py), w
 backward_run.py says what runs and until where values live. Pointwise work may write where an input was that nobody
 reads any more. What is the same at every level is left out: parameters, inputs, what the forward returns.
 
+Where blocks run in tiles, what is made counts with a tile's share of it. What passes from block to block is whole then,
+too, but it is the same at every level.
+
 A value that only some units need is there if one of them is open. The peak is that of the worst of the steps in which
 the default schedule opens every unit once, in three orders: what training meets before long, and the allocator keeps.
 The bound for any choice of units (``StepTrace.worst``) is no measure of levels: what it takes for possible, all of the
@@ -25,6 +28,7 @@ from dataclasses import replace
 from torch import fx
 
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.batch import Cut as BatchCut
 from slimfit_fx.graph.joint import STATIC, nbytes
 from slimfit_fx.planning.backward_run import COPIED, MADE, SAVED, Name, backward_run, owner, owners
 from slimfit_fx.planning.mincut import Cut
@@ -60,7 +64,7 @@ def visits(gate_bytes: tuple[int, ...], freeze_rate: float) -> tuple[frozenset[i
 
 def expected_backward(planner: Planner, cut: Cut) -> StepTrace:
     """The memory events of backward; the values that ``planner`` saves at ``cut`` come first."""
-    run, blocks = backward_run(planner, cut), _Blocks()
+    run, blocks, tiles = backward_run(planner, cut), _Blocks(), planner.batch_cut
     grads = {owner(node, cut) for node in planner.joint.grad_nodes() if node is not None}
     for node in run.nodes:
         for size, of_units in planner.held_parts(node) if node in cut.saved else ():
@@ -70,13 +74,13 @@ def expected_backward(planner: Planner, cut: Cut) -> StepTrace:
     for place, node in enumerate(run.nodes):
         gone, gates = run.gone.get(place, []), owners(run.needs[node])
         if node in run.stands or node in grads:
-            size = _size(node)
+            size = _size(node, tiles)
             if ops.is_pointwise(node):  # it may write over what nobody reads any more
                 blocks.let_go([name for name in gone if name[1] != SAVED and blocks.is_like(name, size, gates)][:1])
             blocks.take((node, MADE), size, gates)
         copies = [(copied, COPIED) for copied in run.copies.get(place, ())]
         for name in copies:
-            blocks.take(name, _size(name[0]), gates)
+            blocks.take(name, _size(name[0], tiles), gates)
         blocks.let_go([*copies, *(name for name in gone if name[0] not in grads)])
     return StepTrace(tuple(blocks.events), boundary, {}, len(planner.joint.gates), (), _gate_bytes(planner))
 
@@ -97,8 +101,8 @@ class _Blocks:
         for name in names:
             self.events += [replace(event, delta_bytes=-event.delta_bytes) for event in self._held.pop(name, ())]
 
-    def is_like(self, name: Name, size: int, gates: frozenset[int]) -> bool:
-        return [(event.delta_bytes, event.owners) for event in self._held.get(name, ())] == [(size, gates)]
+    def is_like(self, name: Name, size: float, gates: frozenset[int]) -> bool:
+        return [(event.delta_bytes, event.owners) for event in self._held.get(name, ())] == [(round(size), gates)]
 
 
 def _gate_bytes(planner: Planner) -> tuple[int, ...]:
@@ -110,7 +114,8 @@ def _gate_bytes(planner: Planner) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _size(node: fx.Node) -> int:
-    if not isinstance(node.meta.get("val"), (tuple, list)):
-        return nbytes(node)
-    return sum(nbytes(result) for result in node.users if ops.is_getitem(result))
+def _size(node: fx.Node, tiles: BatchCut | None) -> float:
+    """Bytes that a value takes, of a tile if there are any; of several results all that are read."""
+    several = isinstance(node.meta.get("val"), (tuple, list))
+    results = [user for user in node.users if ops.is_getitem(user)] if several else [node]
+    return sum(nbytes(n) * (tiles.share(n.meta.get("val")) if tiles else 1.0) for n in results)

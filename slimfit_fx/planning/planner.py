@@ -16,6 +16,7 @@ from torch import fx
 
 from slimfit_fx.codecs import Codec
 from slimfit_fx.graph import ops
+from slimfit_fx.graph.batch import Cut as BatchCut
 from slimfit_fx.graph.joint import JointGraph, backward_closure, forward_needs, hint, nbytes
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.chances import chance_open, effective_gates
@@ -69,7 +70,7 @@ class Planner:
     ``recompute``: what may run again at all, see ``Config.recompute``, and ``recompute_share`` for which of the blocks,
     from the first on: backward reaches those last, when the values of all others are gone. Beyond ``"cheap"`` the
     values that pass from one repeated block to the next are always saved, so that no chain of recomputation runs
-    through several blocks.
+    through several blocks. ``cut``: the tiles in which blocks will run, for what backward is expected to hold.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Planner:
         recompute_share: float = 1.0,
         why_milder: Callable[[str], str | None] = lambda kind: None,
         prices: Prices | None = None,
+        cut: BatchCut | None = None,
     ) -> None:
-        self.prices = prices or Prices()
+        self.prices, self.batch_cut = prices or Prices(), cut
         self.why_milder = functools.cache(why_milder)
         self.recompute_price, self.recompute, self.recompute_share = recompute_price, recompute, recompute_share
         self.product_price = 1.0
