@@ -51,6 +51,8 @@ class _Builder:
             if node.op == "call_function" and node not in tiled and node not in behind:
                 self._copy(node)
         self._call(self._stretch)
+        for node in self._stretch.again:
+            self._copy(node)
         for node in behind:
             self._copy(node)
         results = cast("Sequence[fx.Node]", self._old.graph.output_node().args[0])

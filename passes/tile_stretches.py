@@ -42,6 +42,8 @@ class Stretch:
     results: tuple[fx.Node, ...]
     behind: frozenset[fx.Node]
     """Others that could run in tiles, and run at once behind it."""
+    again: tuple[fx.Node, ...] = ()
+    """Views of its results that others read, and that have no memory to be written to: they are made once more."""
 
 
 class Stretches:
@@ -86,8 +88,8 @@ class Stretches:
         """The stretch that lets the block hold the least in tiles; the reason if none is worth it.
 
         Where nodes that need the whole batch lie between others, the block is left as it is: all that could run before
-        them would wait in memory for what runs behind them. A block that draws runs in tiles for the sake of backward,
-        whatever it holds itself.
+        them would wait in memory for what runs behind them. A block that draws, or reads what was drawn for tiles, runs
+        in tiles for the sake of the others, whatever it holds itself.
         """
         if not self.inside:
             return "nothing in it is of the batch"
@@ -96,7 +98,7 @@ class Stretches:
         nodes = [n for n in self.body.graph.nodes if n in self.inside]
         lives = _lives(nodes, self.same_as.keys())
         bound = WORTH * _most_alive(lives, len(nodes), None, self.tiles)
-        if EACH in self.inside.values():
+        if self.drawn or EACH in self.inside.values():
             bound = math.inf
         spans = sorted(
             (_most_alive(lives, len(nodes), span, self.tiles), span[0] - span[1], span)
@@ -114,10 +116,10 @@ class Stretches:
         """The first operator that runs on what all tiles gave, and gives what is of the batch again."""
         later = (n for n in self.inside if self.level[n])
         read = (value for node in later for value in node.all_input_nodes)
-        found = next(n for n in read if n not in self.inside and self.level[n])
-        while ops.is_getitem(found):
+        found = next((n for n in read if n not in self.inside and self.level[n]), None)
+        while found is not None and ops.is_getitem(found):
             found = cast(fx.Node, found.args[0])
-        return ops.op_name(found)
+        return "an operator" if found is None else ops.op_name(found)
 
     def _stretch(self, nodes: Sequence[fx.Node], behind: Sequence[fx.Node]) -> Stretch | None:
         """The stretch of ``nodes``; None if it cannot be one.
@@ -126,9 +128,13 @@ class Stretches:
         """
         nodes = self._unfinished(nodes)
         inside = set(nodes)
-        results = tuple(n for n in nodes if any(u not in inside and u not in self.same_as for u in n.users))
-        if not all(self._can_leave(node) for node in results):
+        read_by_others = [n for n in nodes if any(u not in inside and u not in self.same_as for u in n.users)]
+        again = {view for node in read_by_others if not self._can_leave(node) for view in self._views(node, inside)}
+        sources = {cast(fx.Node, view.args[0]) for view in again} & inside
+        leaving = ({*read_by_others} | sources) - again
+        if not all(self._can_leave(node) for node in leaving):
             return None
+        results = tuple(node for node in nodes if node in leaving)
         made = {node for node, state in self.inside.items() if state == EACH}
         if not made <= inside or any(u.op != "output" and u not in inside for n in made for u in n.users):
             return None
@@ -141,7 +147,7 @@ class Stretches:
         parts = [(val, along) for val, along in cuts if along is not None and along != EACH]
         if any(_part_bytes(val, along, self.tiles) % _ALIGNMENT for val, along in parts):
             return None
-        return Stretch(tuple(nodes), results, frozenset(behind))
+        return Stretch(tuple(nodes), results, frozenset(behind), tuple(node for node in nodes if node in again))
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
         """What reads it, or what is the same."""
@@ -176,6 +182,12 @@ class Stretches:
         if not isinstance(state, int) or not ops.is_tensor(node):
             return False
         return state < 0 or (node not in self._gate and is_dense(TensorSpec.of(node.meta["val"])))
+
+    def _views(self, node: fx.Node, inside: Set[fx.Node]) -> Iterator[fx.Node]:
+        """``node``, and what it is a view of, up to what can leave; nothing if it is none."""
+        while node in inside and ops.is_view(node) and node not in self._gate and not self._can_leave(node):
+            yield node
+            node = cast(fx.Node, node.args[0])
 
     def _of_outside(self, node: fx.Node) -> State:
         node = self.same_as.get(node, node)

@@ -291,8 +291,8 @@ def test_each_part_is_written_once():
     assert all(put.args[1].target is operator.getitem for put in puts)
 
 
-def test_values_that_overlap_in_memory_are_not_put_together():
-    """An expanded value that is read by what needs the whole batch: its parts cannot be written one by one."""
+def test_views_that_overlap_in_memory_are_made_again():
+    """An expanded value that is read by what needs the whole batch: what it is a view of is put together."""
 
     def make() -> fx.GraphModule:
         s = Sketch()
@@ -307,6 +307,10 @@ def test_values_that_overlap_in_memory_are_not_put_together():
 
     plain, module = make(), make()
     assert outline_repeats(module) and alone(module).calls
+    bodies = {getattr(module, call.args[0].target) for call in calls(module.graph, INVOKE)}
+    tiles = [part for body in bodies for part in tiles_of(body)]
+    assert any(calls(body.graph, ATEN.expand.default) for body in bodies)
+    assert tiles and not any(0 in n.meta["val"].stride() for tile in tiles for n in tile.graph.output_node().args[0])
     values = [value_of(node) for node in plain.graph.find_nodes(op="placeholder")]
     assert nearly_equal(plain(*values), module(*values))
 
