@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
@@ -135,6 +136,9 @@ class Stretches:
         if not all(self._can_leave(node) for node in leaving):
             return None
         results = tuple(node for node in nodes if node in leaving)
+        shared = Counter(owner(node) for node in results)
+        if any(shared[owner(node)] > 1 for node in results if node in self._gate):
+            return None  # one of them would be copied, and may be a ghost
         made = {node for node, state in self.inside.items() if state == EACH}
         if not made <= inside or any(u.op != "output" and u not in inside for n in made for u in n.users):
             return None

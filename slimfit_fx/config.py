@@ -105,8 +105,9 @@ class Config:
     cheap work runs again. Backward reaches the first blocks last, when little else is left in memory."""
     tiles: bool = _OF_THE_PRESET
     """Whether repeated blocks run on a tile of the batch after the other where the batch is large enough: what a block
-    holds on its own is then a fraction. Gradients of weights are sums over tiles, the same but for rounding. Presets
-    balanced and max say True, the others False. Only with executor ``"inductor"`` and sizes that are plain numbers."""
+    holds on its own is then a fraction. Gradients of weights are sums over tiles, the same but for rounding; a GPU's
+    attention with dropout draws for each tile. Presets balanced and max say True, the others False. Only with executor
+    ``"inductor"`` and sizes that are plain numbers."""
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""

@@ -82,7 +82,7 @@ RECOMPUTE_OF = {"balanced": "auto", "max": "auto"}
 
 TILES_OF = {"balanced": True, "max": True}
 """What presets say of blocks that run tile by tile; under the others the whole batch runs at once: sums over it, the
-gradients of weights, are rounded otherwise in tiles."""
+gradients of weights, are rounded otherwise in tiles, and dropout in a GPU's attention is another draw."""
 
 DISTANCE_SAMPLE = 1 << 16
 """Elements of a tensor that its distance is measured on, under presets that say nothing of it."""
