@@ -140,7 +140,9 @@ def block_of(graph: fx.Graph, windows: Sequence[Window]) -> Block | str:
     ]
     read = sorted(set().union(*escapes))
     exits = _exits(windows[0], read)
-    return exits if isinstance(exits, str) else Block(tuple(windows), inputs, slots, *exits)
+    if isinstance(exits, str):
+        return exits
+    return Block(tuple(windows), inputs, slots, *exits) if exits[0] else "it makes nothing but views"
 
 
 def _outside(window: Window, inside: set[fx.Node]) -> list[fx.Node]:

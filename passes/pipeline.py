@@ -20,6 +20,7 @@ from slimfit_fx.graph.joint import STATIC, GateLayout, JointGraph, read_joint
 from slimfit_fx.passes.delay_products import delay_products
 from slimfit_fx.passes.describe_plan import describe_plan
 from slimfit_fx.passes.find_cones import ConePlan, find_cones
+from slimfit_fx.passes.hand_over_parts import hand_over_parts
 from slimfit_fx.passes.hold_recompute import hold_recompute
 from slimfit_fx.passes.insert_codecs import insert_codecs
 from slimfit_fx.passes.insert_gates import GATES, insert_gates
@@ -125,6 +126,10 @@ def build_pipeline(settings: Settings) -> tuple[Pass, ...]:
         Pass("outline_repeats", "outlined", lambda w: _outline(w.pair()) if settings.outline else 0),
         # a block is what is large enough, and what is written once
         Pass("tile_blocks", "outlined", lambda w: _tile(w) if settings.outline and settings.tile else 0),
+        # which blocks run in tiles is known now
+        Pass(
+            "hand_over_parts", "outlined", lambda w: _hand_over(w.pair()) if settings.outline and settings.tile else 0
+        ),
     )
 
 
@@ -143,6 +148,7 @@ def pass_names() -> tuple[str, ...]:
         "lay_out_masks",
         "outline_repeats",
         "tile_blocks",
+        "hand_over_parts",
     )
 
 
@@ -270,6 +276,10 @@ def _tile(work: Work) -> int:
     if work.plan is not None:
         work.plan = replace(work.plan, note="; ".join(filter(None, (work.plan.note, *told))))
     return done.calls
+
+
+def _hand_over(seam: Seam) -> int:
+    return hand_over_parts(seam.forward) + hand_over_parts(seam.backward)
 
 
 def _split(work: Work) -> int:

@@ -23,10 +23,13 @@ from slimfit_fx.graph import batch as batch_
 from slimfit_fx.graph.tiling import SUM, Flow, follow
 from slimfit_fx.passes import outline_repeats as outlined_
 from slimfit_fx.passes import tile_stretches
+from slimfit_fx.passes.hand_over_parts import hand_over_parts
+from slimfit_fx.passes.insert_gates import RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.tile_blocks import Tiled, tile_blocks
 from slimfit_fx.passes.tile_bodies import PUT_PART
+from slimfit_fx.passes.tile_choices import blocks_of, choose
 from slimfit_fx.passes.verify import verify_seam
 from slimfit_fx.runtime.ghosts import is_ghost
 from slimfit_fx.runtime.measure import step_memory
@@ -53,10 +56,13 @@ def plain_pair(batch: int = 8):
     return pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=batch))
 
 
-def tiled(seam, least_flops: float = 0):
-    """A copy of the pair in tiles, and how many calls of them it makes."""
+def tiled(seam, least_flops: float = 0, *, in_parts: bool = False):
+    """A copy of the pair in tiles, and how many calls of them it makes. ``in_parts``: blocks hand parts on."""
     copied = copy_seam(seam)
     count = tile_blocks(copied, least_flops).calls
+    if in_parts:
+        for module in (copied.forward, copied.backward):
+            hand_over_parts(module)
     verify_seam("outlined", copied)
     return copied, count
 
@@ -143,6 +149,26 @@ def test_gradients_of_weights_add_up_behind_their_gates():
     for closed in ([], names[::2], names[1::2], names):
         expected, found = run_pair(seam, closed=closed)[1], run_tiles(copied, closed=closed)[1]
         assert nearly_equal(expected, found)
+
+
+def test_results_that_share_what_may_be_a_ghost_do_not_both_leave_a_tile():
+    """One of the two would have to be copied, and there may be nothing to copy."""
+    module = copy_seam(pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), recompute="blocks")).backward
+    cut = batch_.cut_batch([getattr(module, name).graph for name in blocks_of(module)], 1)
+    gated = []
+    for name in blocks_of(module):
+        graph = getattr(module, name).graph
+        output = graph.output_node()
+        gated += (mine := [n for n in output.args[0] if n.target is RELEASE])
+        with graph.inserting_before(output):
+            views = [graph.call_function(ATEN.view.default, (n, [-1])) for n in mine]
+        for view in views:
+            view.meta["val"] = view.args[0].meta["val"].view(-1)
+        output.args = ((*output.args[0], *views),)
+    assert gated
+    for choice in choose(module, cut, set(), set())[0]:
+        leaving = [outlined_.owner(n) for n in choice.stretch.results if choice.found.gate(n) is not None]
+        assert len(leaving) == len({*leaving})
 
 
 def test_no_ghost_is_read_in_tiles():
@@ -426,7 +452,7 @@ def test_any_model_computes_the_same_in_tiles(data, seed, least):
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
             patch.setattr(tile_stretches, "_most_alive", lambda *_: chance.random())
-        copied, _ = tiled(seam, least)
+        copied, _ = tiled(seam, least, in_parts=data.draw(st.booleans()))
     names = gates_of(seam)
     closed = [name for index, name in enumerate(names) if (seed >> index % 16) & 1]
     user, grads = run_pair(seam, seed=seed, closed=closed)

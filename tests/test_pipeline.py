@@ -45,6 +45,7 @@ def test_the_order_of_the_passes():
         ("describe_plan", "gated", True),
         ("outline_repeats", "outlined", False),
         ("tile_blocks", "outlined", False),
+        ("hand_over_parts", "outlined", False),
     ]
 
 
@@ -95,7 +96,7 @@ def test_without_all_of_them_gradients_are_the_same_bits():
 
 @pytest.mark.parametrize("name", ["split_joint", "no_such_pass"])
 def test_what_is_needed_or_unknown_cannot_be_switched_off(name):
-    legal = r"disabled_passes: a name must be one of \['delay_products', 'hold_recompute', .*\]"
+    legal = r"disabled_passes: a name must be one of \['delay_products', 'hand_over_parts', .*\]"
     with pytest.raises(ValueError, match=f"{legal}, got '{name}'"):
         slimfit_fx.optimize(Tiny(depth=1), disabled_passes=("sink_backward", name))
 
