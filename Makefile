@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 # tests of one file share what they start (the processes of a distributed job); tests/conftest.py orders the files
-PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

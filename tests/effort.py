@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 THOROUGH = os.environ.get("SLIMFIT_FX_THOROUGH", "0") not in ("", "0")
 """Run tests marked ``thorough``, and all examples of the property tests that train models."""
 
 
 def examples(count: int) -> int:
-    """How many of ``count`` examples are drawn: a third of them unless everything is asked for."""
-    return count if THOROUGH else -(-count // 3)
+    """How many of ``count`` examples are drawn: a quarter of them unless everything is asked for."""
+    return count if THOROUGH else -(-count // 4)
+
+
+def first(values: Iterable[Any], count: int = 1) -> list[Any]:
+    """All of what a test is parametrized by, of which ``make test`` takes the first ``count``.
+
+    A tuple has one value for each name.
+    """
+    several = list(values)
+    return several[:count] + [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.thorough)
+        for value in several[count:]
+    ]

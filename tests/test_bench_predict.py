@@ -61,6 +61,7 @@ def expected_work(name: str) -> Any:
         return predict(name, BERT, Settings())
 
 
+@pytest.mark.thorough
 def test_every_rival_has_a_throughput_to_expect():
     """Checkpointing runs the products of forward again; adapters leave out most gradients of weights."""
     pytest.importorskip("peft")

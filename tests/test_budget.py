@@ -418,6 +418,7 @@ def test_what_is_there_before_a_step():
     assert worst.gradients == 520 - 190
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap_only")

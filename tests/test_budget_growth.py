@@ -173,6 +173,7 @@ def test_an_optimizer_that_takes_more_than_was_assumed_leads_to_another_plan():
     assert measured(model, batch) <= limit - beside.total and session.compiles == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap_only")

@@ -44,6 +44,7 @@ def looked_up(result: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {key: result[key] for key in ("graphs", "autograd")}
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_a_second_process_starts_warm(tmp_path):

@@ -284,6 +284,7 @@ def test_digits_to_an_accuracy_in_half_of_the_memory(kind, two):
         assert ours >= plain - 0.01 and 2 * our_peak <= plain_peak, (ours, plain, our_peak, plain_peak)
 
 
+@pytest.mark.thorough
 @on_two_and_four
 def test_trainer_and_a_loop_under_accelerate_launch(accelerated):
     for name, as_in in (("trainer", "trainer"), ("resumed", "trainer"), ("loop", "loop")):
@@ -307,6 +308,7 @@ def test_fully_shard_under_accelerate_launch(accelerated, jobs):
         assert found["losses"] == as_forked["losses"][:12] and found["history"] == as_forked["history"][:12]
 
 
+@pytest.mark.thorough
 def test_torchrun_starts_the_same_jobs(tmp_path, two):
     run([*torchrun(2), str(WORKER), str(tmp_path), "2:ddp_curve,fsdp_curve"])
     for rank, as_forked in zip(results(tmp_path / "2", 2), two, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import first
 from reference import differences, equal_bits, optimized, step, unchanged_configuration
 from small_models import Tiny, tokens
 from torch import nn
@@ -170,6 +171,7 @@ def test_global_configuration_is_left_as_it_was(executor):
         slimfit_fx.restore(model)
 
 
+@pytest.mark.thorough
 def test_a_message_that_the_library_says_once_breaks_no_graph(caplog):
     """Nor does torch, which writes its settings down with each compile, stumble over the one that sees to this."""
     import transformers
@@ -293,9 +295,7 @@ def test_ghosts_are_dropped_with_their_graph():
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize(
-    "pattern", [*range(3), *(pytest.param(number, marks=pytest.mark.thorough) for number in range(3, 6))]
-)
+@pytest.mark.parametrize("pattern", first(range(6)))
 def test_any_pattern_of_gates_in_nan_mode(pattern):
     model, session, compiled, reference = pair(debug=True, closed=())
     names = session.gates.names

@@ -38,6 +38,7 @@ def trained(scheduler: str, steps: int = 30) -> tuple[slimfit_fx.Session, list[i
     return session, peaks, updates
 
 
+@pytest.mark.thorough
 def test_no_step_exceeds_the_plan_and_that_of_ils_is_smaller():
     bounds = {}
     for name in ("ils", "ils_paper"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from effort import examples
+from effort import examples, first
 from graphs import ATEN, Sketch, order, run_pair, stopped_after, unequal, watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,7 +95,7 @@ def test_nothing_moves_in_a_graph_that_writes_to_its_inputs():
     assert delay_products(module) == 0
 
 
-@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("closed", first([True, False]))
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_the_numbers_do_not_change(closed, recompute):
     bench = stopped_after("sink_backward", Tiny(depth=2), tokens(), preset="balanced", debug=True, recompute=recompute)
@@ -133,6 +133,7 @@ def backward_trace(module: fx.GraphModule, num_gates: int) -> StepTrace:
     return trace
 
 
+@pytest.mark.thorough
 @settings(max_examples=examples(30))
 @given(
     spec=specs(sizes=("static",)), recompute=st.sampled_from(RECOMPUTE), preset=st.sampled_from(("exact", "balanced"))

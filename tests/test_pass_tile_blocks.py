@@ -53,7 +53,7 @@ def pair_of(model: nn.Module, batch, **config):
 @functools.cache
 def plain_pair(batch: int = 8):
     """That of four layers without dropout; nobody writes to it."""
-    return pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=batch))
+    return pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=batch), recompute="blocks")
 
 
 def tiled(seam, least_flops: float = 0, *, in_parts: bool = False):
@@ -199,12 +199,11 @@ def test_a_second_run_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("batch", "rows", "count"), [(8, 64, 0), (8, 32, 2), (8, 16, 4), (7, 1, 0), (6, 1, 2), (8, 1, 8)]
+    ("batch", "rows", "count"), [(8, 64, 0), (8, 32, 2), (8, 16, 4), (8, 1, 8), (7, 1, 0), (6, 1, 2)]
 )
 def test_how_many_tiles(batch, rows, count):
-    """As many as leave enough to do (eight rows an example; the mean product has 16 by 48 weights) and are of one
-    size."""
-    copied, _ = tiled(plain_pair(batch), 2 * 16 * 48 * rows)
+    """As many as leave enough to do (eight rows an example; the mean product has 745 weights) and are of one size."""
+    copied, _ = tiled(plain_pair(batch), 2 * 16 * 40 * rows)
     bodies = [part for _, part in copied.backward.named_children() if calls(part.graph, INVOKE)]
     assert {len(calls(body.graph, INVOKE)) for body in bodies} == ({count} if count else set())
 

@@ -42,7 +42,7 @@ def products(bench: Bench) -> int:
     [
         pytest.param("cheap", 1.0, marks=pytest.mark.thorough),
         ("products", 1.0),
-        ("blocks", 1.0),
+        pytest.param("blocks", 1.0, marks=pytest.mark.thorough),
         ("blocks", 0.5),
         pytest.param("blocks", 0.25, marks=pytest.mark.thorough),
     ],

@@ -94,7 +94,13 @@ FLOAT, HALF, BRAIN, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(FLOAT, BRAIN), (BRAIN, FLOAT), (DOUBLE, BRAIN), (BRAIN, HALF), (FLOAT, FLOAT)], ids=str
+    "dtypes",
+    [
+        (FLOAT, BRAIN),
+        (BRAIN, FLOAT),
+        *(pytest.param(p, marks=pytest.mark.thorough) for p in ((DOUBLE, BRAIN), (BRAIN, HALF), (FLOAT, FLOAT))),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "work", [Tensor.add_, Tensor.add, Tensor.mul_, Tensor.lt, Tensor.copy_], ids=lambda f: f.__name__
