@@ -7,7 +7,8 @@ import torch
 
 from bench.accuracy.tasks import code, docstrings, sources
 from bench.accuracy.tasks.base import remembered
-from bench.accuracy.tasks.digits import augmented, load_splits, pretraining_examples
+from bench.accuracy.tasks.digits import augmented, load_splits
+from slimfit_fx.demo.data import digits
 
 
 def make_library(folder, name: str, count: int):
@@ -84,29 +85,14 @@ def test_texts_and_pairs_are_encoded(tmp_path, monkeypatch):
     assert single.inputs["input_ids"].tolist() == [[2, 2, 3]]
 
 
-def images_of(split) -> set[tuple[float, ...]]:
-    return {tuple(image.flatten().tolist()) for image in split.inputs["pixel_values"]}
-
-
 def test_digits_are_on_one_side_only():
-    """Whatever the seed, and as many on each; what the model was pretrained on is never held out."""
-    pretrained = images_of(pretraining_examples())
-    held_out = []
-    for seed in range(3):
-        splits = load_splits(seed)
-        parts = (splits.train, splits.validation, splits.test)
-        train, validation, test = map(images_of, parts)
-        assert not train & validation and not train & test and not validation & test
-        assert len(train | validation | test) == 1797 and pretrained <= train
-        assert (len(train), len(validation), len(test)) == (917, 291, 589)
-        assert sum(map(len, parts)) == 1797
-        counts = [
-            torch.bincount(split.labels, minlength=10) for split in (splits.train, splits.validation, splits.test)
-        ]
-        assert min(counts[0]) > 70 and min(counts[1]) > 20 and min(counts[2]) > 45
-        held_out.append(test)
-    assert held_out[0] != held_out[1] != held_out[2]
-    assert images_of(load_splits(1).test) == held_out[1]
+    splits = load_splits()
+    _, test = digits()
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (899, 299, 599)
+    assert torch.equal(splits.test.inputs["pixel_values"], test.inputs["pixel_values"])
+    held_out = {tuple(image.flatten().tolist()) for image in splits.validation.inputs["pixel_values"]}
+    trained = {tuple(image.flatten().tolist()) for image in splits.train.inputs["pixel_values"]}
+    assert not held_out & trained and (len(held_out), len(trained)) == (299, 899)
 
 
 def test_augmentation_moves_and_keeps_the_image():

@@ -31,7 +31,7 @@ def digits_task(scale: str, cache: Path) -> Task:
     @functools.cache
     def body() -> dict[str, Tensor]:
         path = cache / f"digits-{WIDTH}x{LAYERS}-{_PRETRAINING_STEPS}.pt"
-        found: dict[str, Tensor] = remembered(path, lambda: pretrain(pretraining_examples()))
+        found: dict[str, Tensor] = remembered(path, lambda: pretrain(load().train.below(KNOWN)))
         return found
 
     def make_model(seed: int) -> nn.Module:
@@ -39,45 +39,17 @@ def digits_task(scale: str, cache: Path) -> Task:
         model.base_model.load_state_dict(body())
         return model
 
+    load = functools.cache(load_splits)
     title = "a ViT that knows the digits 0 to 4 learns all ten"
-    return Task("digits", scale, title, _RECIPES[scale], ACCURACY, 0.90, make_model, functools.cache(load_splits))
+    return Task("digits", scale, title, _RECIPES[scale], ACCURACY, 0.90, make_model, load)
 
 
-def pretraining_examples() -> Examples:
-    """Half of the images of 0 to 4: always the same, and never tested on."""
-    return _take(*_all_digits())
-
-
-def load_splits(seed: int = 0) -> Splits:
-    """Of each digit half to train, a sixth to choose the learning rate, a third to test: drawn anew by each seed.
-
-    One split would have 599 images to test: what a method gains there by chance, a third of a point, would be in the
-    result of every seed, and in no interval. What was pretrained on stays with what is trained on.
-    """
-    images, pretrained = _all_digits()
-    known = torch.zeros(len(images), dtype=torch.bool).index_fill(0, pretrained, True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    parts: tuple[list[Tensor], ...] = ([], [], [])
-    for label in range(10):
-        mine = order[images.labels[order] == label]
-        mine = torch.cat([mine[known[mine]], mine[~known[mine]]])
-        half = int(known[mine].sum()) or len(mine) // 2
-        held_out = half + (len(mine) - half) // 3
-        for part, chosen in zip(parts, mine.tensor_split([half, held_out]), strict=True):
-            part.append(chosen)
-    train, validation, test = (_take(images, torch.cat(part).sort().values) for part in parts)
-    return Splits(train, validation, test)
-
-
-@functools.cache
-def _all_digits() -> tuple[Examples, Tensor]:
-    """All 1,797, and where those stand that are pretrained on."""
+def load_splits() -> Splits:
+    """Half of the digits to train, a sixth to choose the learning rate, a third to test."""
     rest, test = digits()
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-    chosen = order[len(order) // 4 :]
-    labels = torch.cat([rest.labels, test.labels])
-    inputs = {name: torch.cat([value, test.inputs[name]]) for name, value in rest.inputs.items()}
-    return Examples(inputs, labels), chosen[labels[chosen] < KNOWN]
+    chosen, held_out = order[len(order) // 4 :], order[: len(order) // 4]
+    return Splits(_take(rest, chosen), _take(rest, held_out), test)
 
 
 def _take(examples: Examples, index: Tensor) -> Examples:
