@@ -33,7 +33,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class _Block:
-    """A block that runs in tiles. ``operands`` and ``results``: by their place, the parts that they can be taken to."""
+    """A block that runs in tiles. ``operands`` and ``results``: by their place, the parts that they can be cut into."""
 
     body: fx.GraphModule
     calls: tuple[fx.Node, ...]
@@ -96,7 +96,7 @@ def _written(room: fx.Node, returned: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         return ()
     ordered = sorted(puts, key=lambda put: cast(int, put.args[3]))
     parts = [cast(fx.Node, put.args[1]) for put in ordered]
-    if any(len(part.users) != 1 for part in parts):
+    if any(len(part.users) != 1 or not _fills_its_memory(part.meta["val"]) for part in parts):
         return ()
     return _as_parts(room, parts, [cast(int, put.args[3]) for put in ordered])
 
@@ -108,6 +108,11 @@ def _as_parts(whole: fx.Node, parts: Sequence[fx.Node], starts: Sequence[int]) -
     complete = list(starts) == [0, *ends[:-1]] and ends[-1] == val.shape[0]
     alike = len({_layout(part) for part in vals}) == 1 and vals[0].dtype == val.dtype
     return tuple(parts) if complete and alike and val.is_contiguous() and vals[0].is_contiguous() else ()
+
+
+def _fills_its_memory(val: torch.Tensor) -> bool:
+    """Whether it is no view of something larger, which would be held with it and which it may begin anywhere in."""
+    return val.untyped_storage().nbytes() == val.numel() * val.element_size()
 
 
 def _layout(val: torch.Tensor) -> tuple[object, ...]:
@@ -211,9 +216,9 @@ def _give_parts(call: fx.Node, block: _Block, given: Set[int]) -> dict[fx.Node, 
                 node.args = (call, first)
             continue
         vals += [part.meta["val"] for part in block.results[place]]
-        with graph.inserting_after(picked[place][-1]):
+        with graph.inserting_after(call):
             value = graph.call_function(_CAT, ([],))
-        value.meta = dict(picked[place][0].meta)
+        value.meta = {"val": val}
         with graph.inserting_before(value):
             parts = [graph.call_function(operator.getitem, (call, number)) for number in range(first, len(vals))]
         for part, number in zip(parts, range(first, len(vals)), strict=True):
