@@ -7,11 +7,13 @@ import operator
 
 import pytest
 import torch
-from effort import first
+from effort import examples, first
 from graphs import ATEN, Sketch, calls, module_texts, unequal, value_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import optimized
 from small_models import Tiny, tokens
-from test_pass_tile_blocks import alone, gates_of, pair_of, plain_pair, run_tiles, tiled
+from test_pass_tile_blocks import MIXES, alone, gates_of, pair_of, plain_pair, run_tiles, tiled
 from torch import fx, nn
 
 from slimfit_fx.graph import batch as batch_
@@ -33,13 +35,14 @@ def whatever_it_is_worth(monkeypatch):
     monkeypatch.setattr(tile_stretches, "WORTH", 1e9)
 
 
-def layers(read_whole=lambda layer: False) -> fx.GraphModule:
-    """Five layers on (8, 4, 6). ``read_whole``: of which layers somebody else reads what they give."""
+def layers(read_whole=lambda layer: False, count: int = LAYERS, mix=MIXES["pointwise"]) -> fx.GraphModule:
+    """Layers on (8, 4, 6). ``read_whole``: of which of them somebody else reads what they give."""
     s = Sketch()
     x, kept = s.input("x", EXAMPLES, TOKENS, WIDTH), []
-    for layer in range(LAYERS):
+    for layer in range(count):
         up, down = s.input(f"primals_{2 * layer}", WIDTH, 24), s.input(f"primals_{2 * layer + 1}", 24, WIDTH)
-        wide = s.call(ATEN.gelu.default, s.call(ATEN.mm.default, s.call(ATEN.view.default, x, [32, WIDTH]), up))
+        wide = s.call(ATEN.mm.default, s.call(ATEN.view.default, x, [32, WIDTH]), up)
+        wide = s.call(ATEN.view.default, mix(s, s.call(ATEN.view.default, wide, [EXAMPLES, TOKENS, 24])), [32, 24])
         narrow = s.call(ATEN.view.default, s.call(ATEN.mm.default, wide, down), [EXAMPLES, TOKENS, WIDTH])
         x = s.call(ATEN.add.Tensor, narrow, x)
         if read_whole(layer):
@@ -153,6 +156,45 @@ def test_blocks_on_the_whole_batch_stay_as_they_are():
 
 def test_graphs_without_blocks_stay_as_they_are():
     assert hand_over_parts(layers()) == 0
+
+
+# ---- any graph
+
+
+@settings(max_examples=examples(40))
+@given(
+    count=st.integers(3, 6),
+    read=st.sets(st.integers(0, 5)),
+    tiles=st.sampled_from((2, 4, 8)),
+    mix=st.sampled_from([name for name in MIXES if name != "heads"]),
+)
+def test_any_chain_of_layers_computes_the_same_bits(count, read, tiles, mix):
+    """Whoever reads what passes between them. It goes in parts if nobody else reads it, and behind few layers."""
+    found = [layers(read.__contains__, count, MIXES[mix]) for _ in range(2)]
+    for module in found:
+        assert outline_repeats(module) and alone(module, 2 * EXAMPLES // tiles * TOKENS * WIDTH * 24).calls
+    before, module = found
+    handed = hand_over_parts(module)
+    module.graph.lint()
+    assert gives_the_same(before, module)
+    assert handed or read & set(range(count - 1))
+
+
+@settings(max_examples=examples(8))
+@given(depth=st.integers(3, 5), closed=st.integers(0, 2**16), tiles=st.sampled_from((2, 4, 8)))
+def test_any_gates_of_any_depth_give_the_same_bits(depth, closed, tiles):
+    """Backward, too: gradients are the same bits, and ghosts are ghosts."""
+    torch._dynamo.reset()
+    seam = pair_of(Tiny(depth=depth, dropout=0.0), tokens(batch=8), recompute="blocks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_, "COUNTS", (tiles,))
+        (whole, _), (parts, _) = tiled(seam), tiled(seam, in_parts=True)
+    assert module_texts(whole.backward) != module_texts(parts.backward)
+    names = [name for index, name in enumerate(gates_of(seam)) if closed >> index % 17 & 1]
+    (user, grads), (user_too, grads_too) = (run_tiles(pair, closed=names) for pair in (whole, parts))
+    assert unequal(user, user_too) == [] and unequal(real(grads), real(grads_too)) == []
+    ghosts = [[grad is not None and is_ghost(grad) for grad in found] for found in (grads, grads_too)]
+    assert ghosts[0] == ghosts[1]
 
 
 # ---- compiled
