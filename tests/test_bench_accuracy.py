@@ -55,7 +55,7 @@ def make_task(name: str = "digits", *, metric=ACCURACY, splits=None, **recipe) -
     def part(first, last):
         return Examples({"pixel_values": train.inputs["pixel_values"][first:last]}, train.labels[first:last])
 
-    def load():
+    def load(seed):
         return splits or Splits(part(0, 96), part(96, 160), test)
 
     settings = {"epochs": 2, "batch": 16, "learning_rate": 1e-3, **recipe}
@@ -326,7 +326,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @pytest.mark.thorough
 def test_two_jobs_train_what_one_does(tmp_path):
     body = vision_transformer(5, width=128, layers=4, seed=0).base_model.state_dict()
-    torch.save(body, tmp_path / "digits-128x4-300.pt")  # or the task would train one
+    torch.save(body, tmp_path / "digits-128x4-300-split0.pt")  # or the task would train one
     given = ["--quick", "--tasks", "digits", "--methods", "head", "full", "--seeds", "1", "--cache", str(tmp_path)]
     small = Store(tmp_path / "two.jsonl")
     rates = learning_rates(HEAD, 1e-3, "quick")
@@ -349,7 +349,7 @@ def test_two_jobs_train_what_one_does(tmp_path):
 def fit_once(trainee: Trainee, seed: int):
     model = trainee.begin(seed)
     torch.manual_seed(seed)
-    recipe, train = trainee.task.recipe, trainee.task.load().train
+    recipe, train = trainee.task.recipe, trainee.task.load(0).train
     fit(model, train, recipe, learning_rate=2e-3, seed=seed, device=CPU, progress=lambda *_: None)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -378,7 +378,7 @@ def test_rivals_train_what_they_say(kind):
         assert all("classifier" in name for name in outside) and len(outside) == 2
         adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trains if "lora_" in name}
         assert len(adapted) == 6  # query, key, value, output and the two of the MLP
-    loss = model(**task.load().train[slice(0, 8)]).loss
+    loss = model(**task.load(0).train[slice(0, 8)]).loss
     loss.backward()
     assert all((param.grad is not None) == param.requires_grad for param in model.parameters())
 
@@ -510,7 +510,7 @@ def test_the_command_only_prints_with_table(tmp_path, capsys):
 
 def test_the_fingerprint_tells_recipes_and_data_apart():
     task = make_task()
-    splits = task.load()
+    splits = task.load(0)
     fewer = Splits(splits.train, splits.validation, Examples(splits.validation.inputs, splits.validation.labels))
     found = {
         task.fingerprint(), make_task(epochs=3).fingerprint(), make_task("other").fingerprint(),

@@ -7,8 +7,7 @@ import torch
 
 from bench.accuracy.tasks import code, docstrings, sources
 from bench.accuracy.tasks.base import remembered
-from bench.accuracy.tasks.digits import augmented, load_splits
-from slimfit_fx.demo.data import digits
+from bench.accuracy.tasks.digits import KNOWN, augmented, digits_task, load_splits, pretrain
 
 
 def make_library(folder, name: str, count: int):
@@ -85,14 +84,42 @@ def test_texts_and_pairs_are_encoded(tmp_path, monkeypatch):
     assert single.inputs["input_ids"].tolist() == [[2, 2, 3]]
 
 
+def images_of(split) -> set[tuple[float, ...]]:
+    return {tuple(image.flatten().tolist()) for image in split.inputs["pixel_values"]}
+
+
 def test_digits_are_on_one_side_only():
-    splits = load_splits()
-    _, test = digits()
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (899, 299, 599)
-    assert torch.equal(splits.test.inputs["pixel_values"], test.inputs["pixel_values"])
-    held_out = {tuple(image.flatten().tolist()) for image in splits.validation.inputs["pixel_values"]}
-    trained = {tuple(image.flatten().tolist()) for image in splits.train.inputs["pixel_values"]}
-    assert not held_out & trained and (len(held_out), len(trained)) == (299, 899)
+    """Whatever the seed, and as many on each; all seeds choose by the same images, and no seed tests on them."""
+    all_tested, chosen_by = [], []
+    for seed in range(3):
+        splits = load_splits(seed)
+        train, validation, test = map(images_of, (splits.train, splits.validation, splits.test))
+        assert not train & validation and not train & test and not validation & test
+        assert (len(train), len(validation), len(test)) == (899, 299, 599)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == (899, 299, 599)
+        counts = [torch.bincount(split.labels, minlength=10) for split in (splits.train, splits.test)]
+        assert min(counts[0]) > 75 and min(counts[1]) > 50
+        all_tested.append(test)
+        chosen_by.append(validation)
+    assert all_tested[0] != all_tested[1] != all_tested[2] != all_tested[0]
+    assert chosen_by[0] == chosen_by[1] == chosen_by[2]
+    assert images_of(load_splits(1).test) == all_tested[1]
+
+
+def test_digits_are_pretrained_on_what_the_seed_trains_on(tmp_path, monkeypatch):
+    seen = []
+
+    def pretrained(examples):
+        seen.append(examples)
+        return pretrain(examples, steps=1)
+
+    monkeypatch.setattr("bench.accuracy.tasks.digits.pretrain", pretrained)
+    task = digits_task("quick", tmp_path)
+    for seed in (0, 1, 0):
+        task.make_model(seed)
+    assert len(seen) == 2  # kept on disk
+    for seed, examples in enumerate(seen):
+        assert images_of(examples) < images_of(task.load(seed).train) and max(examples.labels) == KNOWN - 1
 
 
 def test_augmentation_moves_and_keeps_the_image():

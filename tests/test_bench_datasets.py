@@ -109,7 +109,7 @@ def test_bad_names_and_missing_files_are_told(tmp_path, bert):
     with pytest.raises(ValueError, match="unknown hub task: got 'wnli'; legal: cola, sst2"):
         hub_task("wnli")
     with pytest.raises(FileNotFoundError, match=r"no data for train: one of train.parquet, train.jsonl"):
-        hub_task("cola", data=tmp_path, weights=bert).load()
+        hub_task("cola", data=tmp_path, weights=bert).load(0)
 
 
 # ---- GLUE
@@ -121,7 +121,7 @@ def test_glue_is_read_encoded_and_scored(name, tmp_path, bert, monkeypatch):
     write(tmp_path, name, "train", text_rows(name, 40))
     write(tmp_path, name, PAPER_TASKS[name].test, text_rows(name, 12))
     task = hub_task(name, data=tmp_path, weights=bert)
-    splits = task.load()
+    splits = task.load(0)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (36, 4, 12)
     batch = splits.train[torch.tensor([0, 5, 2])]
     assert batch["input_ids"].shape == batch["token_type_ids"].shape == (3, 16)
@@ -139,7 +139,7 @@ def test_nothing_of_the_reported_part_is_trained_on(tmp_path, bert):
         row["sentence1"] = "tree tree tree"
     write(tmp_path, "rte", "train", train, kind="parquet")
     write(tmp_path, "rte", "validation", test, kind="parquet")
-    splits = hub_task("rte", data=tmp_path, weights=bert).load()
+    splits = hub_task("rte", data=tmp_path, weights=bert).load(0)
     kept, held_out = splits.train.rows["idx"], splits.validation.rows["idx"]
     assert sorted([*kept, *held_out]) == list(range(40)) and len(held_out) == 4
     assert set(splits.test.rows["sentence1"]) == {"tree tree tree"}
@@ -220,7 +220,7 @@ def squad_splits(tmp_path, bert, monkeypatch, length: int):
     typed.to_parquet(str(tmp_path / "squad2" / "train.parquet"))
     Dataset.from_list(SQUAD_ROWS).to_parquet(str(tmp_path / "squad2" / "validation.parquet"))
     task = hub_task("squad2", data=tmp_path, weights=bert)
-    return task, task.load()
+    return task, task.load(0)
 
 
 @pytest.mark.parametrize("length", [32, 15])
@@ -292,7 +292,7 @@ def test_images_are_read_encoded_and_scored(name, tmp_path, vit, monkeypatch):
         rows = [{key: row[key] for key in features} for row in rows]
         Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / name / f"{part}.parquet"))
     built = hub_task(name, data=tmp_path, weights=vit)
-    splits = built.load()
+    splits = built.load(0)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 2, 6)
     batch = splits.train[torch.tensor([3, 1])]
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32

@@ -141,7 +141,9 @@ def train(
                 run(tasks, methods, seeds, store, trainer_of(options, steps), finished, options.tuning_seeds)
             return
         for task in tasks:
-            task.make_model(0), task.load()  # what is made once and kept on disk is not made by several
+            task.load(0)
+            for seed in seeds:
+                task.make_model(seed)  # what is made once and kept on disk is not made by several
         given = [*arguments, "--threads", str(torch.get_num_threads()), "--jobs", "1"]
         of_tasks = "--hub" if options.hub else "--tasks"
         pieces = [[*given, of_tasks, t.name, "--methods", m.name] for t in tasks for m in methods]

@@ -40,7 +40,7 @@ class Trainer:
     def __call__(self, cell: Cell, task: Task, method: Method) -> Row:
         """Train ``cell`` from its beginning and score it on validation and test data."""
         begun = time.perf_counter()
-        splits = task.load()
+        splits = task.load(cell.seed)
         model = self._trainee_of(task, method).begin(cell.seed)
         before = recompiles(model)
         torch.manual_seed(cell.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -73,12 +74,12 @@ class Task:
     """The freeze rate that the paper has for tasks of this kind."""
     make_model: Callable[[int], nn.Module]
     """From a seed: the pretrained weights, and a new head drawn with the seed."""
-    load: Callable[[], Splits]
-    """The same splits at each call."""
+    load: Callable[[int], Splits]
+    """From a seed: the splits, the same at each call; of a task that comes with splits, those for all seeds."""
 
     def fingerprint(self) -> str:
         """A hash of recipe and data: rows with equal ones may be compared. A row has a learning rate of its own."""
-        splits, recipe = self.load(), replace(self.recipe, learning_rate=0.0)
+        splits, recipe = self.load(0), replace(self.recipe, learning_rate=0.0)
         found = hashlib.sha256(repr((self.name, self.scale, recipe, self.metric.name)).encode())
         for split in (splits.train, splits.validation, splits.test):
             found.update(str(len(split)).encode())
@@ -86,6 +87,12 @@ class Task:
                 for tensor in (*split.inputs.values(), split.labels):
                     found.update(tensor.numpy().tobytes())
         return found.hexdigest()[:16]
+
+
+def for_all_seeds(load: Callable[[], Splits]) -> Callable[[int], Splits]:
+    """The ``Task.load`` of data that comes in splits: loaded once."""
+    once = functools.cache(load)
+    return lambda seed: once()
 
 
 def evaluation_batches(split: Split, device: torch.device) -> Iterator[Batch]:

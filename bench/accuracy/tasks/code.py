@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bench.accuracy.tasks.base import PERPLEXITY, Recipe, Splits, Task, remembered
+from bench.accuracy.tasks.base import PERPLEXITY, Recipe, Splits, Task, for_all_seeds, remembered
 from bench.accuracy.tasks.sources import PARTS, library_folder, modules, parts_of
 from slimfit_fx.demo.data import Examples, batches
 
@@ -48,7 +48,7 @@ def code_task(scale: str, cache: Path) -> Task:
         model.load_state_dict(weights())
         return model
 
-    load = functools.cache(lambda: load_library(tokenizer_file, _EXAMPLES[scale]))
+    load = for_all_seeds(lambda: load_library(tokenizer_file, _EXAMPLES[scale]))
     title = f"a small GPT-2 that read Python's standard library learns the source of {LIBRARY}"
     return Task("code", scale, title, _RECIPES[scale], PERPLEXITY, 0.90, make_model, load)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from bench.accuracy.tasks.base import ACCURACY, Recipe, Splits, Task
+from bench.accuracy.tasks.base import ACCURACY, Recipe, Splits, Task, for_all_seeds
 from bench.accuracy.tasks.sources import PARTS, Documented, blank_names, documented
 from slimfit_fx.demo.data import Examples
 from slimfit_fx.demo.models import minilm, minilm_folder
@@ -69,7 +69,7 @@ Text = tuple[str, ...]
 def docstrings_task(scale: str, cache: Path) -> Task:
     """Which of ten libraries is it from? Their names are blanked out."""
     size = _SIZES["docstrings"][scale]
-    load = functools.cache(lambda: _load(_labelled, size))
+    load = for_all_seeds(lambda: _load(_labelled, size))
     title = f"which of {len(LIBRARIES)} libraries is this docstring from? MiniLM"
     model = functools.partial(_model, len(LIBRARIES))
     return Task("docstrings", scale, title, _RECIPES[scale], ACCURACY, 0.90, model, load)
@@ -78,7 +78,7 @@ def docstrings_task(scale: str, cache: Path) -> Task:
 def pairs_task(scale: str, cache: Path) -> Task:
     """Does the docstring belong to the signature? Half of the pairs do."""
     size = _SIZES["pairs"][scale]
-    load = functools.cache(lambda: _load(_paired, size))
+    load = for_all_seeds(lambda: _load(_paired, size))
     title = "does this docstring belong to this signature? MiniLM"
     return Task("pairs", scale, title, _RECIPES[scale], ACCURACY, 0.90, functools.partial(_model, 2), load)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.accuracy.tasks.base import ACCURACY, Metric, Recipe, Splits, Task
+from bench.accuracy.tasks.base import ACCURACY, Metric, Recipe, Splits, Task, for_all_seeds
 from bench.accuracy.tasks.hub_metrics import F1, MATTHEWS, SPEARMAN
 from bench.accuracy.tasks.squad import SQUAD_F1, load_squad
 from bench.settings import Setting, setting_of
@@ -148,7 +148,7 @@ def hub_task(name: str, *, data: Path | None = None, weights: Path | None = None
         raise ValueError(f"unknown hub task: got {name!r}; legal: {', '.join(PAPER_TASKS)}")
     task = PAPER_TASKS[name]
     source = str(weights or task.model)
-    load = functools.cache(lambda: load_hub(name, data=data, source=source))
+    load = for_all_seeds(lambda: load_hub(name, data=data, source=source))
     recipe = Recipe(EPOCHS, task.setting.batch, task.setting.learning_rate, warmup_share=0.0)
     model = functools.partial(_model, task, source)
     title = f"{task.data[0]} {task.data[1] or ''}".strip() + f", {source}"
