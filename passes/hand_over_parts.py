@@ -27,6 +27,9 @@ from slimfit_fx.passes.tile_bodies import PUT_PART
 _SLICE = torch.ops.aten.slice.Tensor
 _CAT = torch.ops.aten.cat.default
 _ROOM = torch.ops.aten.empty_strided.default
+PART = "slimfit_part"
+"""Key in ``meta``: of which operand or result it is a part, which one, and of how many. It stands on what a block takes
+and returns; the verifier holds what callers give and join against it."""
 Place = tuple[str, int]
 """A block and which of its operands, or results."""
 
@@ -267,14 +270,17 @@ def _rewrite_body(name: str, block: _Block, chosen: _Chosen) -> None:
         for number, part in enumerate(parts):
             with graph.inserting_before(inputs[place]):
                 operand = graph.placeholder(f"{inputs[place].target}_{number}")
-            operand.meta = {"val": part.meta["val"]}
+            operand.meta = {"val": part.meta["val"], PART: (place, number, len(parts))}
             part.replace_all_uses_with(operand)
             graph.erase_node(part)
         graph.erase_node(inputs[place])
     output = graph.output_node()
     given: list[fx.Node] = []
     for place, node in enumerate(list(cast("Sequence[fx.Node]", output.args[0]))):
-        given += block.results[place] if (name, place) in chosen.results else [node]
+        parts = block.results[place] if (name, place) in chosen.results else ()
+        for number, part in enumerate(parts):
+            part.meta[PART] = (place, number, len(parts))
+        given += parts or [node]
     rooms = [n for place, n in enumerate(cast("Sequence[fx.Node]", output.args[0])) if (name, place) in chosen.results]
     output.args = (tuple(given),)
     for room in rooms:

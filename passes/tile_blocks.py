@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from slimfit_fx.graph.batch import Cut, cut_batch
+from slimfit_fx.graph.batch import BatchCut, cut_batch
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.tile_choices import Choice, blocks_of, choose
 
@@ -56,7 +56,7 @@ def tile_blocks(seam: Seam, least_flops: float) -> Tiled:
     return Tiled(sum(choice.calls for choice in chosen), left)
 
 
-def _choose(seam: Seam, cut: Cut) -> tuple[list[Choice], str]:
+def _choose(seam: Seam, cut: BatchCut) -> tuple[list[Choice], str]:
     """What runs in tiles, and why the largest block does not.
 
     Where attention has dropout of its own, a tile of forward draws, and hands the same tile of backward its seed: both

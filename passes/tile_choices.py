@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.graph import ops
-from slimfit_fx.graph.batch import Cut
+from slimfit_fx.graph.batch import BatchCut
 from slimfit_fx.graph.tiling import EACH
 from slimfit_fx.passes.outline_repeats import INVOKE, Block, block_of, body_of, identifier_of, replace, stretches
 from slimfit_fx.passes.tile_bodies import tiled_body
@@ -118,7 +118,7 @@ class Between(Choice):
         yield self.block.windows[0][self.block.results[place]]
 
 
-def choose(module: fx.GraphModule, cut: Cut, drawn: Set[fx.Node], whole: Set[fx.Node]) -> tuple[list[Choice], str]:
+def choose(module: fx.GraphModule, cut: BatchCut, drawn: Set[fx.Node], whole: Set[fx.Node]) -> tuple[list[Choice], str]:
     """What of ``module`` runs in tiles; and why the largest block does not, empty if it does.
 
     ``drawn``: inputs that hold a seed for each tile. ``whole``: nodes that must not become such.
@@ -165,7 +165,7 @@ def _is_picked(node: fx.Node) -> bool:
 
 
 def _tiled(
-    body: fx.GraphModule, cut: Cut, operands: Sequence[Sequence[Any]], drawn: Set[fx.Node], *, draws: bool
+    body: fx.GraphModule, cut: BatchCut, operands: Sequence[Sequence[Any]], drawn: Set[fx.Node], *, draws: bool
 ) -> tuple[Stretches, Stretch] | str:
     """What of ``body`` runs in tiles, or the reason why nothing does. ``operands``: each in every call."""
     if has_symbols(body.graph):

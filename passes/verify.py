@@ -7,7 +7,7 @@ runner turns that into an ``IllegalGraphError`` that names the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import value_text
 from slimfit_fx.graph.joint import JointGraph
+from slimfit_fx.passes.hand_over_parts import PART
 from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, owner
@@ -294,6 +295,45 @@ def rule_parts_make_up_the_whole(seam: Seam) -> Iterator[str]:
                 yield f"parts of {room.name} are of other sizes"
 
 
+def rule_parts_are_handed_over_in_order(seam: Seam) -> Iterator[str]:
+    """What a block takes in parts comes as all parts of one value, in their order; so does what is joined of parts."""
+    bodies = dict(_all_calls(seam))
+    for call, body in bodies.items():
+        places: dict[int, list[tuple[Any, tuple[int, int]]]] = {}
+        for operand, placeholder in zip(call.args[2:], body.graph.find_nodes(op="placeholder"), strict=False):
+            if PART in placeholder.meta:
+                place, *which = placeholder.meta[PART]
+                places.setdefault(place, []).append((operand, tuple(which)))
+        for place, taken in places.items():
+            given = [_part(operand, bodies) for operand, _ in taken]
+            if len({value for value, _ in given}) != 1 or [which for _, which in given] != [w for _, w in taken]:
+                yield f"call {call.name}: operand {place} does not get the parts of one value in their order"
+    for module in (seam.forward, seam.backward):
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+            given = [_part(part, bodies) for part in node.args[0]]
+            if any(isinstance(value, tuple) for value, _ in given):
+                complete = [which for _, which in given] == [(n, len(given)) for n in range(len(given))]
+                if len({value for value, _ in given}) != 1 or not complete:
+                    yield f"{node.name} does not join the parts of one value in their order"
+
+
+def _part(node: Any, bodies: Mapping[fx.Node, Any]) -> tuple[Any, tuple[int, int]]:
+    """Of what value ``node`` is a part, and which one of how many; a value that is no part is the only one of its own.
+
+    Parts are results of a block that gives them, of which the value is (call, place), or slices of what is whole.
+    """
+    if ops.is_getitem(node) and node.args[0] in bodies:
+        returned = bodies[node.args[0]].graph.output_node().args[0][node.args[1]]
+        if PART in returned.meta:
+            place, *which = returned.meta[PART]
+            return (node.args[0], place), tuple(which)
+    if node.target is torch.ops.aten.slice.Tensor and node.args[1] == 0:
+        rows, start = node.meta["val"].shape[0], node.args[2]
+        if start % rows == 0:
+            return node.args[0], (start // rows, node.args[0].meta["val"].shape[0] // rows)
+    return node, (0, 1)
+
+
 def _all_calls(seam: Seam) -> Iterator[tuple[Any, Any]]:
     """Each call of a block and the block; each call of a tile in it and the tile."""
     modules = [seam.forward, seam.backward]
@@ -350,6 +390,7 @@ SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
         rule_graphs_lint,
         rule_blocks_lint,
         rule_parts_make_up_the_whole,
+        rule_parts_are_handed_over_in_order,
         rule_blocks_are_called_alike,
         rule_blocks_return_memory_of_their_own,
     ),

@@ -13,8 +13,8 @@ THOROUGH = os.environ.get("SLIMFIT_FX_THOROUGH", "0") not in ("", "0")
 
 
 def examples(count: int) -> int:
-    """How many of ``count`` examples are drawn: a quarter of them unless everything is asked for."""
-    return count if THOROUGH else -(-count // 4)
+    """How many of ``count`` examples are drawn: a sixth of them unless everything is asked for."""
+    return count if THOROUGH else -(-count // 6)
 
 
 def first(values: Iterable[Any], count: int = 1) -> list[Any]:

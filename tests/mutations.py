@@ -14,6 +14,7 @@ from torch import fx
 
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes import verify
+from slimfit_fx.passes.hand_over_parts import PART
 from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE
@@ -517,4 +518,48 @@ def part_is_not_written(seam: Seam) -> bool:
     for put in _puts(seam)[-1:]:
         put.graph.erase_node(put)
         return True
+    return False
+
+
+def _calls_with_parts(seam: Seam) -> list[tuple[fx.Node, list[int]]]:
+    """Calls of blocks that take parts, and where among the arguments those of their first value stand."""
+    found = []
+    for call, body in _blocks(seam):
+        tags = [node.meta.get(PART, (None,))[0] for node in body.graph.find_nodes(op="placeholder")]
+        first = next((place for place in tags if place is not None), None)
+        if first is not None:
+            found.append((call, [2 + index for index, place in enumerate(tags) if place == first]))
+    return found
+
+
+@breaks(verify.rule_parts_are_handed_over_in_order, "outlined", "does not get the parts of one value in their order")
+def parts_arrive_in_another_order(seam: Seam) -> bool:
+    for call, (first, second, *_) in _calls_with_parts(seam):
+        given = list(call.args)
+        given[first], given[second] = given[second], given[first]
+        call.args = tuple(given)
+        return True
+    return False
+
+
+@breaks(verify.rule_parts_are_handed_over_in_order, "outlined", "does not get the parts of one value in their order")
+def a_part_of_another_value_arrives(seam: Seam) -> bool:
+    several = _calls_with_parts(seam)
+    for (call, places), (other, others) in zip(several, several[1:], strict=False):
+        mine = call.args[places[0]]
+        if mine.meta["val"].shape == other.args[others[0]].meta["val"].shape:
+            other.args = tuple(mine if index == others[0] else given for index, given in enumerate(other.args))
+            return True
+    return False
+
+
+@breaks(verify.rule_parts_are_handed_over_in_order, "outlined", "does not join the parts of one value in their order")
+def parts_are_joined_in_another_order(seam: Seam) -> bool:
+    called = {call for call, _ in _blocks(seam)}
+    for module in (seam.forward, seam.backward):
+        for node in module.graph.find_nodes(op="call_function", target=ATEN.cat.default):
+            first, second, *rest = node.args[0]
+            if first.target is operator.getitem and first.args[0] in called:
+                node.args = ([second, first, *rest],)
+                return True
     return False

@@ -86,7 +86,9 @@ def test_blocks_with_branches_inside_are_read_from_the_caches(tmp_path):
     assert differences(first["grads"], again["grads"]) == [] and equal_bits(first["loss"], again["loss"])
 
 
-@pytest.mark.parametrize("executor", ["interpreter", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "executor", ["interpreter", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.thorough])]
+)
 def test_who_asks_before_backward_is_compiled_does_not_lose_it(executor, monkeypatch):
     """Also where nothing can be kept on disk."""
     monkeypatch.setattr("slimfit_fx.planning.store.save_json", lambda *_: None)

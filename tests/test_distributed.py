@@ -297,6 +297,7 @@ def test_trainer_and_a_loop_under_accelerate_launch(accelerated):
             assert found["bytes_sent"] and found["bytes_not_sent"] >= found["bytes_closed"] > 0, "all of what is closed"
 
 
+@pytest.mark.thorough
 @on_two_and_four
 def test_fully_shard_under_accelerate_launch(accelerated, jobs):
     """Accelerate's own FSDP wants a GPU; the script shards for itself, and goes as in forked processes."""

@@ -20,8 +20,7 @@ from bench.levels import peak_of_visits, watched_traces
 from slimfit_fx.capture.partitioner import settings_of
 from slimfit_fx.config import Config
 from slimfit_fx.graph import batch
-from slimfit_fx.graph.batch import Batch
-from slimfit_fx.graph.batch import Cut as BatchCut
+from slimfit_fx.graph.batch import Batch, BatchCut
 from slimfit_fx.passes import pipeline
 from slimfit_fx.planning.expected_peak import expected_backward, expected_peak, visits
 from slimfit_fx.planning.mincut import Cut

@@ -163,7 +163,9 @@ def test_a_unit_has_its_gate_in_one_graph_of_several():
 # ---- leaving torch as it was, and bad luck
 
 
-@pytest.mark.parametrize("executor", ["interpreter", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "executor", ["interpreter", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.thorough])]
+)
 def test_global_configuration_is_left_as_it_was(executor):
     with unchanged_configuration():
         model, _ = optimized(Tiny(depth=1), executor=executor)

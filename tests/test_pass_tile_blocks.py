@@ -208,6 +208,7 @@ def test_how_many_tiles(batch, rows, count):
     assert {len(calls(body.graph, INVOKE)) for body in bodies} == ({count} if count else set())
 
 
+@pytest.mark.thorough
 def test_symbolic_sizes_stay_whole():
     seam = pair_of(Tiny(depth=3, dropout=0.0), tokens(batch=8), dynamic=True)
     assert tiled(seam)[1] == 0

@@ -24,7 +24,7 @@ LAST_PASS = {
     "split": "split_joint",
     "compressed": "insert_codecs",
     "gated": "hold_recompute",
-    "outlined": "tile_blocks",
+    "outlined": "hand_over_parts",
 }
 """The graphs of a stage, as its last pass leaves them."""
 
@@ -44,7 +44,8 @@ def legal() -> dict[str, Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_stretches, "WORTH", 1e9)
         patch.setattr(batch, "LEAST_FLOPS", {"cpu": 1})
-        layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=4), tokens(), executor="inductor", tiles=True)
+        in_tiles = {"tiles": True, "recompute": "blocks"}  # blocks that hand each other parts
+        layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=6), tokens(), executor="inductor", **in_tiles)
     return {**graphs, "outlined": layers}
 
 

@@ -35,7 +35,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Cut:
+class BatchCut:
     """The batch, and into how many tiles it is cut."""
 
     batch: Batch
@@ -48,7 +48,7 @@ class Cut:
         return 1 / self.tiles if of_batch else 1.0
 
 
-def cut_batch(graphs: Sequence[fx.Graph], least_flops: float) -> Cut | None:
+def cut_batch(graphs: Sequence[fx.Graph], least_flops: float) -> BatchCut | None:
     """Into how many tiles the batch is cut; None if they would be too small, or if no batch is found."""
     batch = batch_of(graphs)
     if batch is None:
@@ -56,7 +56,7 @@ def cut_batch(graphs: Sequence[fx.Graph], least_flops: float) -> Cut | None:
     flops = [2.0 * m * k * n for graph in graphs for m, k, n in products(graph) if batch.rows in (m, k)]
     mean = sum(flops) / max(len(flops), 1)
     tiles = next((n for n in COUNTS if batch.examples % n == 0 and mean / n >= least_flops), 0)
-    return Cut(batch, tiles) if tiles else None
+    return BatchCut(batch, tiles) if tiles else None
 
 
 def batch_of(graphs: Sequence[fx.Graph]) -> Batch | None:

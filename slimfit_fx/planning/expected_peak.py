@@ -28,7 +28,7 @@ from dataclasses import replace
 from torch import fx
 
 from slimfit_fx.graph import ops
-from slimfit_fx.graph.batch import Cut as BatchCut
+from slimfit_fx.graph.batch import BatchCut
 from slimfit_fx.graph.joint import STATIC, nbytes
 from slimfit_fx.planning.backward_run import COPIED, MADE, SAVED, Name, backward_run, owner, owners
 from slimfit_fx.planning.mincut import Cut

@@ -16,7 +16,7 @@ from torch import fx
 
 from slimfit_fx.codecs import Codec
 from slimfit_fx.graph import ops
-from slimfit_fx.graph.batch import Cut as BatchCut
+from slimfit_fx.graph.batch import BatchCut
 from slimfit_fx.graph.joint import JointGraph, backward_closure, forward_needs, hint, nbytes
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.chances import chance_open, effective_gates
