@@ -327,10 +327,10 @@ def _part(node: Any, bodies: Mapping[fx.Node, Any]) -> tuple[Any, tuple[int, int
         if PART in returned.meta:
             place, *which = returned.meta[PART]
             return (node.args[0], place), tuple(which)
-    if node.target is torch.ops.aten.slice.Tensor and node.args[1] == 0:
-        rows, start = node.meta["val"].shape[0], node.args[2]
-        if start % rows == 0:
-            return node.args[0], (start // rows, node.args[0].meta["val"].shape[0] // rows)
+    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4 and node.args[1] == 0:
+        rows, start, of = node.meta["val"].shape[0], node.args[2], node.args[0].meta["val"].shape[0]
+        if all(isinstance(number, int) for number in (rows, start, of)) and rows and start % rows == 0:
+            return node.args[0], (start // rows, of // rows)
     return node, (0, 1)
 
 

@@ -94,6 +94,16 @@ def test_a_mutation_breaks_its_rule_and_no_other(legal, mutation):
     assert violated(mutation.stage, graph) == [mutation.rule]
 
 
+@pytest.mark.parametrize("given", [(), (0,), (0, None, 2), (0, 1, 3), (0, 0, 0), "symbol"])
+def test_slices_that_others_join_are_no_matter_of_parts(given):
+    graph = torch.fx.Graph()
+    whole, start = graph.placeholder("whole"), graph.placeholder("start")
+    given = (0, start, 4) if given == "symbol" else given
+    sliced = graph.call_function(torch.ops.aten.slice.Tensor, (whole, *given))
+    whole.meta["val"], sliced.meta["val"] = torch.empty(4, 2), torch.empty(0 if given == (0, 0, 0) else 2, 2)
+    assert verify._part(sliced, {}) == (sliced, (0, 1))
+
+
 def test_one_error_lists_all_problems(legal):
     graph = graph_of(legal["gated"].work, "gated")
     assert ghost_is_returned(graph) and stash_is_read_in_forward(graph) and branch_gets_a_constant(graph)
