@@ -16,6 +16,7 @@ COMMANDS = {
     "smoke": ("bench.smoke", "step peaks and recompiles of a small BERT, with hard bounds"),
     "step-peak": ("bench.memory", "step peak of one model, all presets"),
     "time": ("bench.time", "step time, compile time and recompiles of one model"),
+    "host-time": ("bench.host_time", "how long a process needs to issue a step to a GPU, on an emulated one"),
     "profile": ("bench.profile", "where the time of a step goes"),
     "peak": ("bench.peak", "predicted against measured peaks"),
     "levels": ("bench.levels", "levels of recompute: expected peaks against those of Inductor's code"),

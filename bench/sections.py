@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import plan_time, price, report, schedule
+from bench import host_time, plan_time, price, report, schedule
 from bench.accuracy import claims
 from bench.accuracy import table as accuracy_table
 from bench.accuracy.__main__ import CACHE
@@ -39,6 +39,22 @@ def lossless_section(folder: Path) -> str:
         "torch.compile. `activation-budget-X`: torch's `activation_memory_budget`. **Measured** on a CPU."
     )
     return "\n\n".join(["## Recompute without loss", said, *parts]) if parts else ""
+
+
+def host_time_section(folder: Path) -> str:
+    """How long a process needs to issue a step to a GPU."""
+    parts = []
+    for path in sorted(folder.glob("host-time-*.json")):
+        for case, document in json.loads(path.read_text())["cases"].items():
+            rows = host_time.lines(document["results"])
+            parts += [_table(rows, [case, *host_time.HEADS[1:]], host_time.FORMATS), *machines([document])]
+    said = (
+        "How long the process needs to issue a step to a GPU, **emulated**: no kernel computes, so that a step takes\n"
+        "as long as Python takes to start them. A GPU that is faster than this waits. Milliseconds as on an\n"
+        "undisturbed machine, by a loop of Python that is timed between the steps; median of the rounds. Allocations:\n"
+        "blocks that the allocator hands out in a step (`python -m bench.emulated_gpu -m bench host-time`)."
+    )
+    return "\n\n".join(["## Time to issue a step", said, *parts]) if parts else ""
 
 
 def prediction_section(folder: Path) -> str:

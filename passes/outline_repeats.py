@@ -75,6 +75,7 @@ def outline_repeats(module: fx.GraphModule, *, spare_kernels: bool = False) -> i
         first, last = nodes.index(block.windows[0][0]), nodes.index(block.windows[-1][-1])
         todo += [nodes[:first], nodes[last + 1 :]]
     if calls:
+        _seeds_by_view(graph)
         graph.lint()
         module.recompile()
     return calls
@@ -252,6 +253,24 @@ def _seeds_first(graph: fx.Graph) -> None:
             source = cast(fx.Node, node.args[0])
             last.get(source, source).append(node)
             last[source] = node
+
+
+def _seeds_by_view(graph: fx.Graph) -> None:
+    """Hand seeds to blocks as views of where all were drawn; to look one up is a kernel of its own.
+
+    ::
+
+        seed = inductor_lookup_seed(seeds, 3); y = block(x, seed)   ->   seed = select(seeds, 0, 3); y = block(x, seed)
+    """
+    for node in list(graph.nodes):
+        if not _is_seed(node) or any(user.target is not INVOKE for user in node.users):
+            continue
+        source, number = node.args
+        with graph.inserting_before(node):
+            view = graph.call_function(torch.ops.aten.select.int, (source, 0, number))
+        view.meta = dict(node.meta)
+        node.replace_all_uses_with(view)
+        graph.erase_node(node)
 
 
 def _call_block(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from slimfit_fx import integrations
 from slimfit_fx.beside_steps import OptimizerChoice, find_optimizer
+from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.dynamo import TraceableShards, compile_forward
 from slimfit_fx.capture.fit import PlanOutgrown
 from slimfit_fx.capture.lower import has_compiler
@@ -270,6 +271,7 @@ def _dispatcher(model: nn.Module, current: Session) -> Callable[..., Any]:
     training, captured, shapes, ungated = compile_model(), True, ShapeWatch(), UngatedUnits()
     shards = TraceableShards(model)
 
+    @with_room
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal training
         if captured and current.outgrows_its_plan():

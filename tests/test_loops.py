@@ -256,6 +256,24 @@ def test_a_parameter_that_is_replaced_keeps_its_gate():
     assert grads["embed.weight"] is None and grads["blocks.0.up.weight"] is not None
 
 
+@pytest.mark.parametrize("swap", ["the module", "a module above it", "the table of its parameters"])
+def test_what_was_swapped_between_two_steps_is_noticed(swap):
+    """Nobody looks at every parameter in each step: what is on the way to them is asked whether it is still there."""
+    model, session = optimized(Tiny(depth=1, dropout=0.0), preset="exact", scheduler="none")
+    for _ in range(2):
+        step(model, model, tokens())
+    if swap == "the module":
+        model.blocks[0].up = nn.Linear(*reversed(model.blocks[0].up.weight.shape))
+    elif swap == "a module above it":
+        model.blocks = nn.ModuleList([copy.deepcopy(model.blocks[0])])
+    else:
+        model.blocks[0].up._parameters = copy.deepcopy(model.blocks[0].up._parameters)
+    session.freeze("blocks.0.up.weight")
+    _, grads = step(model, model, tokens())
+    assert session.gates.params_of("blocks.0.up.weight") == (model.blocks[0].up.weight,)
+    assert grads["blocks.0.up.weight"] is None and grads["embed.weight"] is not None
+
+
 def test_a_copy_of_an_optimized_model_can_be_optimized_apart():
     model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     plain_run(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)

@@ -83,8 +83,12 @@ def flat(module: fx.GraphModule) -> fx.GraphModule:
 
 def kinds(module: fx.GraphModule) -> list[str]:
     """What the graph computes, in order, without names; seeds aside, which outlining moves."""
-    nodes = [n for n in module.graph.nodes if n.op == "call_function" and "seed" not in str(n.target)]
+    nodes = [n for n in module.graph.nodes if n.op == "call_function" and not is_seed(n)]
     return [re.sub(r"-> .*", "", node_text(n)) for n in nodes]
+
+
+def is_seed(node: fx.Node) -> bool:
+    return "seed" in str(node.target) or (node.target is ATEN.select.int and "seeds" in str(node.args[0].target))
 
 
 # ---- it rewrites
@@ -434,3 +438,40 @@ def test_results_of_blocks_are_as_dense_as_their_callers_take_them_to_be():
             assert all(g is None or g.isfinite().all() for g in grads.values())
             optimizer.step()
     assert session.recompiles == 0
+
+
+def with_dropout(depth: int) -> fx.GraphModule:
+    s = Sketch()
+    x, w = s.input("x", 6, 4), s.input("w", 4, 4)
+    seeds = s.call(torch.ops.prims.inductor_seeds.default, depth + 1, torch.device("cpu"))
+    for layer in range(depth):
+        seed = s.call(torch.ops.prims.inductor_lookup_seed.default, seeds, layer)
+        kept = s.call(ATEN.gt.Scalar, s.call(torch.ops.prims.inductor_random.default, [6, 4], seed, "rand"), 0.1)
+        x = s.call(MUL, s.call(ATEN.tanh.default, s.call(MM, x, w)), kept)
+    own = s.call(torch.ops.prims.inductor_lookup_seed.default, seeds, depth)
+    last = s.call(torch.ops.prims.inductor_random.default, [6, 4], own, "rand")
+    return s.returns(s.call(MUL, x, last))
+
+
+def test_blocks_are_handed_their_seeds_as_views():
+    """To look one up is a kernel of its own; what looks its own up does it in its kernel."""
+    module = with_dropout(5)
+    assert outline_repeats(module) == 5
+    views = calls(module.graph, ATEN.select.int)
+    assert [view.args[1:] for view in views] == [(0, layer) for layer in range(5)]
+    assert all(set(view.users) <= set(calls(module.graph, INVOKE)) and view.meta["val"].shape == () for view in views)
+    (own,) = calls(module.graph, torch.ops.prims.inductor_lookup_seed.default)
+    assert own.args[1] == 5
+
+
+@pytest.mark.inductor
+def test_dropout_is_the_same_in_blocks_and_out_of_them():
+    torch.manual_seed(0)
+    found = []
+    for disabled in ((), ("outline_repeats",)):
+        model, _ = optimized(
+            Tiny(depth=4, dropout=0.3), preset="exact", executor="inductor", freeze_rate=0.0, disabled_passes=disabled
+        )
+        found.append(step(model, model, tokens(), seed=3))
+    (loss, grads), (expected, expected_grads) = found
+    assert torch.equal(loss, expected) and all(torch.equal(grads[name], expected_grads[name]) for name in grads)

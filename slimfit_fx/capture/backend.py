@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import warnings
 import weakref
@@ -225,7 +226,8 @@ def bind_gates(
     ``check`` is given the arguments before anything runs.
     """
     params = [index for group in layout.params for index in group]
-    leads = [group[0] for group in layout.params]
+    leads = list(itertools.accumulate((len(group) for group in layout.params), initial=0))[:-1]
+    """Where in ``params`` each gate's first is."""
     table = weakref.ref(gates)
 
     def run(*args: Any) -> Any:
@@ -234,12 +236,13 @@ def bind_gates(
         if not torch.is_grad_enabled():
             return compiled(*args, *(gates.always_open for _ in leads))
         check(args)
-        values = [gates.gate_of(args[index]) for index in leads]
-        is_open = [bool(gates.gate_of(args[index])) for index in params]
+        inputs = list(args)
+        gated = [inputs[index] for index in params]
+        states, is_open = gates.states_of(gated)
+        values = [states[place] for place in leads]
         if _ghosts_would_be_read():
             values = [gates.always_open for _ in leads]
-        inputs = list(args)
-        for index, tensor in zip(params, gate_gradients(gates, [inputs[i] for i in params], is_open), strict=True):
+        for index, tensor in zip(params, gate_gradients(gates, gated, is_open), strict=True):
             inputs[index] = tensor
         return compiled(*inputs, *values)
 

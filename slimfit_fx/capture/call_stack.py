@@ -1,9 +1,10 @@
-"""Room on Python's stack for a compiler's many calls.
+"""Room on Python's stack for the many calls of a compiler, and of a step.
 
 CPython (3.11 and later) keeps the frames of Python calls in chunks of 16 KiB that it maps when a call finds no room and
 unmaps when that call returns. A loop that happens to run right at the end of a chunk maps and unmaps one in every call,
 with the page faults that belong to it: planning BERT-base had 300,000 of them, which took more than its own work on a
-virtual machine where a fault is dear. How deep the caller's stack is decides where that happens, so it is luck.
+virtual machine where a fault is dear. How deep the caller's stack is decides where that happens, so it is luck. For the
+generated function of a large graph it is not even that: its own frame is larger than most chunks.
 """
 
 from __future__ import annotations

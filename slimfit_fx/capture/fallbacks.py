@@ -22,6 +22,12 @@ import slimfit_fx.runtime.grouped
 import slimfit_fx.runtime.hold
 import slimfit_fx.runtime.parts  # noqa: F401  (all four define operators)
 
+HAND_ON = tuple(f"torch.ops.slimfit_fx.{name}.default" for name in ("hold", "release", "laid_out"))
+"""Operators that give their first operand, as Inductor calls them."""
+WRITES_GHOST = "torch.ops.slimfit_fx.ghost.default"
+_ALLOCATORS = ("cpu", "cuda")
+"""Devices for which Inductor's code has an ``empty_strided_*`` of its own."""
+
 
 @functools.cache
 def register_fallbacks() -> None:
@@ -42,9 +48,9 @@ def _write_without_calls() -> None:
     """Tell Inductor how its Python code is to be written for operators that compute nothing."""
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 
-    written = {"hold": _write_operand, "release": _write_operand, "laid_out": _write_operand, "ghost": _write_ghost}
-    for name, write in written.items():
-        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.slimfit_fx.{name}.default"] = CustomCodegen(python=write)
+    for name in HAND_ON:
+        CUSTOM_EXTERN_KERNEL_CODEGEN[name] = CustomCodegen(python=_write_operand)
+    CUSTOM_EXTERN_KERNEL_CODEGEN[WRITES_GHOST] = CustomCodegen(python=_write_ghost)
 
 
 def _write_operand(node: Any, writeline: Callable[[str], None]) -> None:
@@ -55,7 +61,11 @@ def _write_ghost(node: Any, writeline: Callable[[str], None]) -> None:
     """As ``slimfit_fx.runtime.ghosts`` makes one."""
     size, stride, dtype, device, debug = node.codegen_args()
     if debug == "False":
-        value = f"reinterpret_tensor(torch.empty(0, dtype={dtype}, device={device}), {size}, {stride}, 0)"
+        empty = f"torch.empty(0, dtype={dtype}, device={device})"
+        kind = node.get_device().type
+        if kind in _ALLOCATORS:  # they ask less of Python, and take the device that the code around them has chosen
+            empty = f"empty_strided_{kind}((0, ), (1, ), {dtype})"
+        value = f"reinterpret_tensor({empty}, {size}, {stride}, 0)"
     else:
         value = f"torch.ops.slimfit_fx.ghost.default({size}, {stride}, {dtype}, {device}, {debug})"
     writeline(f"{node.get_name()} = {value}")

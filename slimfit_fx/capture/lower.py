@@ -14,6 +14,7 @@ from torch import fx
 from slimfit_fx.capture.buffer_reuse import can_correct_estimate, gradients_weigh_nothing
 from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.fallbacks import register_fallbacks
+from slimfit_fx.capture.launches import kernels_started_directly
 from slimfit_fx.capture.operands import checked_when_written
 from slimfit_fx.capture.partitioner import GatedPartitioner
 from slimfit_fx.graph.joint import module_path
@@ -96,7 +97,8 @@ def lower_with_inductor(
     register_fallbacks()
     with torch._functorch.config.patch(functorch):
         inner = _inner_compile(codes, dry, key)
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
+        with kernels_started_directly():  # those of a graph that is in the cache are loaded here
+            compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
         return compiled
 
 
@@ -109,7 +111,7 @@ def _inner_compile(codes: list[StepCode], dry: bool, key: str) -> Callable[..., 
 
         graph = copy_ends(module.graph)
         loads = nothing_loaded() if dry else contextlib.nullcontext()
-        with gradients_weigh_nothing(), checked_when_written(), loads:
+        with gradients_weigh_nothing(), checked_when_written(), kernels_started_directly(), loads:
             compiled = compile_fx_inner(module, example_inputs, **kwargs)
         source = getattr(compiled, "source_code", None)
         if source:
@@ -194,7 +196,7 @@ def lower_with_interpreter(
             return make_boxed_func(graph.forward)
         graph.graph.set_codegen(_BOXED())
         graph.recompile()
-        return make_boxed(graph.forward)
+        return make_boxed(with_room(graph.forward))
 
     backend = aot_autograd(
         fw_compiler=compiler,

@@ -11,8 +11,15 @@ issues a backward to a GPU. But who calls them is the code around them, whose la
         ...                                                   |
         buf0 = ...                                            |
 
-What a graph is given from outside, and what operators give that are not compiled, is asked at each call as before. So
-is every operand of a block or branch whose sizes are not plain numbers.
+So it is with their results, and with operators of ours that hand on what they are given (fallbacks.py). What a graph is
+given from outside, and what other operators give that are not compiled, is asked at each call as before. So is all of a
+block or branch whose sizes are not plain numbers.
+
+Nor does a block or branch choose its device once more, if its caller has chosen it::
+
+    with torch.cuda._DeviceGuard(0):                          |  if True:  # device 0 is chosen
+        torch.cuda.set_device(0)                              |      buf0 = ...
+        buf0 = ...                                            |
 """
 
 from __future__ import annotations
@@ -22,6 +29,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+from slimfit_fx.capture.fallbacks import HAND_ON, WRITES_GHOST
+
 
 @contextlib.contextmanager
 def checked_when_written() -> Iterator[None]:
@@ -29,49 +38,125 @@ def checked_when_written() -> Iterator[None]:
 
     Raises (the compile within):
         RuntimeError: a block or branch is called with another layout than it was compiled for, or gives another than
-            its caller takes it to.
+            its caller takes it to; or it is called from another device.
     """
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SubgraphPythonWrapperCodegen
+    from torch._inductor import ir
+    from torch._inductor.codegen import wrapper as codegen
     from torch._inductor.virtualized import V
 
-    write_block, write_branches = PythonWrapperCodegen.codegen_invoke_subgraph, PythonWrapperCodegen.codegen_conditional
-    ask_operands = SubgraphPythonWrapperCodegen.codegen_input_size_asserts
+    write_block = codegen.PythonWrapperCodegen.codegen_invoke_subgraph
+    write_branches = codegen.PythonWrapperCodegen.codegen_conditional
+    ask_operands = codegen.SubgraphPythonWrapperCodegen.codegen_input_size_asserts
+    ask_size, ask_alignment = ir.MultiOutput.codegen_size_asserts, ir.MultiOutput.codegen_alignment_asserts
+    enter_device = codegen.EnterDeviceContextManagerLine.codegen
+    chosen = _ChosenDevices()
 
     def block(wrapper: Any, call: Any) -> None:
-        write_block(wrapper, call)
-        _check(call.subgraph, call.inputs, call.outputs)
+        with chosen.by(call, [call.subgraph]):
+            write_block(wrapper, call)
+        _check(call, [call.subgraph], call.inputs)
 
     def branches(wrapper: Any, call: Any) -> None:
-        write_branches(wrapper, call)
-        for subgraph in (call.true_subgraph, call.false_subgraph):
-            _check(subgraph, call.operands, call.outputs)
+        subgraphs = [call.true_subgraph, call.false_subgraph]
+        with chosen.by(call, subgraphs):
+            write_branches(wrapper, call)
+        _check(call, subgraphs, call.operands)
 
     def operands(wrapper: Any) -> None:
         if not _is_static(V.graph.graph_inputs.values()):
             ask_operands(wrapper)
 
+    def size(result: Any, wrapper: Any) -> None:
+        if not _is_known_when_written(result):
+            ask_size(result, wrapper)
+
+    def alignment(result: Any, wrapper: Any) -> None:
+        if not _is_known_when_written(result):
+            ask_alignment(result, wrapper)
+
+    def enter(line: Any, code: Any) -> None:
+        is_inner = isinstance(V.graph.wrapper_code, codegen.SubgraphPythonWrapperCodegen)
+        if is_inner and chosen.index == line.device_idx:
+            code.writeline(f"if True:  # device {line.device_idx} is chosen")
+            code.do_indent()
+        else:
+            enter_device(line, code)
+
     with (
-        mock.patch.object(PythonWrapperCodegen, "codegen_invoke_subgraph", block),
-        mock.patch.object(PythonWrapperCodegen, "codegen_conditional", branches),
-        mock.patch.object(SubgraphPythonWrapperCodegen, "codegen_input_size_asserts", operands),
+        mock.patch.object(codegen.PythonWrapperCodegen, "codegen_invoke_subgraph", block),
+        mock.patch.object(codegen.PythonWrapperCodegen, "codegen_conditional", branches),
+        mock.patch.object(codegen.SubgraphPythonWrapperCodegen, "codegen_input_size_asserts", operands),
+        mock.patch.object(codegen.EnterDeviceContextManagerLine, "codegen", enter),
+        mock.patch.object(ir.MultiOutput, "codegen_size_asserts", size),
+        mock.patch.object(ir.MultiOutput, "codegen_alignment_asserts", alignment),
     ):
         yield
 
 
-def _check(subgraph: Any, given: Sequence[Any], taken: Sequence[Any]) -> None:
-    """Hold what a caller gives and takes against what the function of ``subgraph`` was compiled for and gives."""
-    expected = list(subgraph.graph.graph_inputs.values())
-    if not _is_static(expected):
-        return
-    for what, ours, theirs in (("operand", given, expected), ("result", taken, subgraph.graph.graph_outputs)):
-        for place, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
-            if what == "result" and not _is_static([mine, its]):
-                continue  # branches of the user's own may give results of different sizes
-            if _layout(mine) != _layout(its) and None not in (_layout(mine), _layout(its)):
-                raise RuntimeError(
-                    f"slimfit_fx: {what} {place} of {subgraph.name} is {_layout(its)} (sizes, strides) there and "
-                    f"{_layout(mine)} where it is called"
-                )
+class _ChosenDevices:
+    """On which GPU blocks and branches are called. Inductor chooses the device of a call before it writes the call."""
+
+    def __init__(self) -> None:
+        self.index: int | None = None
+        """Of the GPU that who calls what is being written has chosen; None for a CPU."""
+        self._of: dict[str, int | None] = {}
+
+    @contextlib.contextmanager
+    def by(self, call: Any, subgraphs: Sequence[Any]) -> Iterator[None]:
+        """Hold this while ``call`` is written; each subgraph is written with its first call.
+
+        Raises:
+            RuntimeError: a subgraph was written for another device.
+        """
+        device = call.get_device()
+        index = device.index if device is not None and device.type == "cuda" else None
+        for subgraph in subgraphs:
+            first = self._of.setdefault(subgraph.graph.name, index)
+            if first != index:
+                raise RuntimeError(f"slimfit_fx: {subgraph.name} is called on GPU {index} and was written for {first}")
+        before, self.index = self.index, index
+        try:
+            yield
+        finally:
+            self.index = before
+
+
+def _is_known_when_written(result: Any) -> bool:
+    """Whether an operator of ours without code (fallbacks.py) gives ``result``, in the layout that it should have."""
+    (call,) = result.inputs
+    name = getattr(call, "python_kernel_name", None)
+    hands_on = name in HAND_ON and _is_static([result]) and _layout(result) == _layout(call.inputs[0])
+    return hands_on or name == WRITES_GHOST
+
+
+def _check(call: Any, subgraphs: Sequence[Any], given: Sequence[Any]) -> None:
+    """Hold what a caller gives and takes against what the functions of ``subgraphs`` were compiled for and give.
+
+    Results that are as expected from each of them are not asked again.
+    """
+    known = {id(result) for result in call.outputs}
+    for subgraph in subgraphs:
+        expected = list(subgraph.graph.graph_inputs.values())
+        if not _is_static(expected):
+            return
+        for place, (mine, its) in enumerate(zip(given, expected, strict=True)):
+            _compare(f"operand {place}", subgraph, mine, its)
+        for place, (mine, its) in enumerate(zip(call.outputs, subgraph.graph.graph_outputs, strict=True)):
+            if _is_static([mine, its]):  # branches of the user's own may give results of different sizes
+                _compare(f"result {place}", subgraph, mine, its)
+            if not _is_static([mine, its]) or None in (_layout(mine), _layout(its)):
+                known.discard(id(mine))
+    for result in call.outputs:
+        if id(result) in known and hasattr(result, "skip_size_stride_alignment_checks"):
+            result.skip_size_stride_alignment_checks = True
+
+
+def _compare(what: str, subgraph: Any, mine: Any, its: Any) -> None:
+    if _layout(mine) != _layout(its) and None not in (_layout(mine), _layout(its)):
+        raise RuntimeError(
+            f"slimfit_fx: {what} of {subgraph.name} is {_layout(its)} (sizes, strides) there and {_layout(mine)} "
+            "where it is called"
+        )
 
 
 def _is_static(operands: Iterable[Any]) -> bool:

@@ -147,10 +147,10 @@ class DryRun:
         device: Any,
         owners: frozenset[int] = frozenset(),
     ) -> StandIn:
-        """A new buffer."""
+        """A new buffer; an empty one, as ghosts are made of, holds no block."""
         spec = TensorSpec(tuple(shape), tuple(strides), dtype, torch.device(device))
         size = storage_bytes(shape, strides, dtype.itemsize)
-        return self.of(spec, self.meter.allocate(size, _label(spec), owners))
+        return self.of(spec, self.meter.allocate(size, _label(spec), owners) if size else None)
 
     def inside_branch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Run the function of a taken branch; what it allocates belongs to the gates that were asked last."""

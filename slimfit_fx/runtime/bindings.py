@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,12 +34,15 @@ class Bindings:
         self._hooks: dict[int, RemovableHandle] = {}
         self._model = weakref.ref(model)
         self._places = {unit.name: tuple(unit.name.split(".")) for unit in units}
+        self._links: list[Link] = []
         gates.look_again = weakref.WeakMethod(self.refresh)
         for name in gates.names:
             self._hook(name, *gates.params_of(name))
 
     def refresh(self) -> bool:
         """Take up parameters that were replaced; True if an optimizer must hold others than before."""
+        if self._links and all_as_they_were(self._links):
+            return False
         replaced = False
         for name, now in self._current():
             (known,) = self._gates.params_of(name)
@@ -53,6 +56,7 @@ class Bindings:
             self._gates.rebind(name, [now])
             self._hook(name, now)
             replaced = True
+        self._links = self._find_links()
         return replaced
 
     def close(self) -> None:
@@ -72,7 +76,7 @@ class Bindings:
             handle.remove()
 
     def _current(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(unit, the parameter in its place); nothing for a place that is gone. Called in each step: no ``getattr``."""
+        """(unit, the parameter in its place); nothing for a place that is gone. Often called: no ``getattr``."""
         model = self._model()
         for name, (*path, attribute) in self._places.items():
             module: Any = model
@@ -81,3 +85,38 @@ class Bindings:
             now = None if module is None else module._parameters.get(attribute)
             if now is not None:
                 yield name, now
+
+    def _find_links(self) -> list[Link]:
+        """All that lies on the way from the model to its units, each once."""
+        model = self._model()
+        found: dict[tuple[int, str], Link] = {}
+        for *path, attribute in self._places.values():
+            module: Any = model
+            for part in path:
+                if module is None:
+                    break
+                found[id(module), part] = _link(module, "_modules", part)
+                module = module._modules.get(part)
+            if module is not None:
+                found[id(module), attribute] = _link(module, "_parameters", attribute)
+        return list(found.values())
+
+
+Link = tuple[weakref.ref[nn.Module], str, str, Callable[[], object]]
+"""A module, ``_modules`` or ``_parameters``, a name in it, and what had that name. Weak: a session must not keep its
+model, and a module may know its parent.
+"""
+
+
+def _link(module: nn.Module, kind: str, name: str) -> Link:
+    value = module.__dict__[kind].get(name)
+    return weakref.ref(module), kind, name, (lambda: None) if value is None else weakref.ref(value)
+
+
+def all_as_they_were(links: Sequence[Link]) -> bool:
+    """Whether every module and parameter is where it was: asked in each step, so that it is quick."""
+    for place, kind, name, value in links:
+        module = place()
+        if module is None or module.__dict__[kind].get(name) is not value():
+            return False
+    return True

@@ -89,11 +89,19 @@ class GateTable:
         self._unit_of[id(param)] = name
         self._aliases[id(param)] = param  # keeps the id valid
 
-    def note_decided(self, parameter: Any) -> None:
-        """A gradient of this parameter was let through or dropped by the gates of its own forward."""
-        name = self._unit_of.get(id(parameter))
-        if name is not None and name not in self._open:
-            self._decided.add(name)
+    def states_of(self, parameters: Sequence[Any]) -> tuple[list[Tensor], list[bool]]:
+        """The gate of each parameter, and whether it is open, now."""
+        names = [self.unit_of(parameter) for parameter in parameters]
+        gates = [self._always_open if name is None else self._gates[name] for name in names]
+        return gates, [name is None or name in self._open for name in names]
+
+    def note_decided(self, parameters: Iterable[Any]) -> None:
+        """Gradients of these parameters were let through or dropped by the gates of their own forward."""
+        unit_of, now_open = self._unit_of, self._open
+        for parameter in parameters:
+            name = unit_of.get(id(parameter))
+            if name is not None and name not in now_open:
+                self._decided.add(name)
 
     def take_decided(self, name: str) -> bool:
         """Whether ``note_decided`` was called for this unit since it was asked last."""

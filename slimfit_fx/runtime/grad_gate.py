@@ -29,13 +29,12 @@ class GradGate(torch.autograd.Function):
         """``is_open[i]`` tells whether ``params[i]`` trains in this step."""
         ctx.gates, ctx.is_open, ctx.params = gates, is_open, params
         ctx.set_materialize_grads(False)
-        return tuple(p.view_as(p) for p in params)
+        return params  # autograd makes views of them
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pass on the gradients of what trains; None for the rest."""
-        for param in ctx.params:
-            ctx.gates.note_decided(param)
+        ctx.gates.note_decided(ctx.params)
         return (None, None, *(g if is_open else None for g, is_open in zip(grads, ctx.is_open, strict=True)))
 
 
