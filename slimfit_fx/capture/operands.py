@@ -94,7 +94,10 @@ def checked_when_written() -> Iterator[None]:
 
 
 class _ChosenDevices:
-    """On which GPU blocks and branches are called. Inductor chooses the device of a call before it writes the call."""
+    """On which GPU blocks and branches are called. Inductor chooses the device of a call before it writes the call.
+
+    One that is called from several devices is refused: it would start kernels on the first one's.
+    """
 
     def __init__(self) -> None:
         self.index: int | None = None
