@@ -1,7 +1,8 @@
 """Write a plain tensor function into a graph: trace it once on fake tensors, copy its nodes with fresh metadata.
 
 Used for codecs, whose ``encode`` and ``decode`` are ordinary functions of ATen operators. A trace is kept by the
-caller's ``key``, so that twelve identical layers trace each codec once.
+caller's ``key``, so that twelve identical layers trace each codec once. One of known sizes is kept for the graphs to
+come as well: a search for a budget writes the same codecs for every plan that it tries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._mode_utils import no_dispatch
 
 from slimfit_fx.graph import ops
+
+_KEPT = 1024
+"""Traces that are kept for other graphs. Each has a few dozen nodes."""
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -42,6 +46,7 @@ class TemplateWriter:
         self.graph, self.decompositions = graph, decompositions
         self.mode = fake_mode_of(graph)
         self._traces: dict[Hashable, fx.Graph] = {}
+        """Those of symbolic sizes, which mean nothing in another graph."""
 
     def write(
         self, function: Callable[..., Any], operands: Sequence[fx.Node], *, key: Hashable, before: fx.Node
@@ -84,17 +89,47 @@ class TemplateWriter:
         return FakeTensor(self.mode, layout, traced.device)
 
     def _trace(self, function: Callable[..., Any], operands: Sequence[fx.Node], key: Hashable) -> fx.Graph:
-        full_key = (key, tuple(_signature(n.meta["val"]) for n in operands))
-        if full_key not in self._traces:
-            with self.mode, torch.no_grad():
-                fakes = [
-                    torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                    for v in (n.meta["val"] for n in operands)
-                ]
-                traced = make_fx(function, decomposition_table=self.decompositions)(*fakes)
-            traced.graph.eliminate_dead_code()
-            self._traces[full_key] = traced.graph
-        return self._traces[full_key]
+        values = [n.meta["val"] for n in operands]
+        full_key = (key, tuple(_signature(val) for val in values))
+        if any(val._has_symbolic_sizes_strides for val in values):
+            if full_key not in self._traces:
+                self._traces[full_key] = _traced(function, values, self.mode, self.decompositions)
+            return self._traces[full_key]
+        return _SHARED.trace(function, values, full_key, self.decompositions)
+
+
+class _SharedTraces:
+    """Traces of known sizes, in a fake mode of their own: none keeps a captured graph alive."""
+
+    def __init__(self) -> None:
+        self._traces: dict[Hashable, tuple[fx.Graph, dict[Any, Any]]] = {}
+        self._mode: FakeTensorMode | None = None
+
+    def trace(
+        self, function: Callable[..., Any], values: Sequence[torch.Tensor], key: Hashable, table: dict[Any, Any]
+    ) -> fx.Graph:
+        """The trace of ``function`` for operands of these layouts; ``key`` names it and them."""
+        found = self._traces.get((key, id(table)))  # the entry holds the table: no other one gets its id
+        if found is None:
+            self._mode = self._mode or FakeTensorMode()
+            if len(self._traces) >= _KEPT:
+                self._traces.clear()
+            found = self._traces[key, id(table)] = _traced(function, values, self._mode, table), table
+        return found[0]
+
+
+_SHARED = _SharedTraces()
+
+
+def _traced(
+    function: Callable[..., Any], values: Sequence[torch.Tensor], mode: FakeTensorMode, table: dict[Any, Any]
+) -> fx.Graph:
+    """What ``function`` does to operands of these layouts, as a graph whose example values are of ``mode``."""
+    with mode, torch.no_grad():
+        fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+        traced = make_fx(function, decomposition_table=table)(*fakes)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
 
 
 def _viewed(node: fx.Node) -> FakeTensor | None:
@@ -105,8 +140,10 @@ def _viewed(node: fx.Node) -> FakeTensor | None:
 
 
 def _same_view(traced: FakeTensor, like: FakeTensor | None, base: FakeTensor | None) -> torch.Tensor | None:
-    """The view of ``base`` that ``traced`` is of ``like``, on the meta device; None if it is no such view."""
+    """The view of ``base`` that ``traced`` is of ``like``, on the meta device; None if that must be found out."""
     if base is None or like is None or len({traced.dtype, like.dtype, base.dtype}) > 1:
+        return None
+    if base._has_symbolic_sizes_strides:
         return None
     if traced.untyped_storage()._cdata != like.untyped_storage()._cdata:  # a reshape that had to copy
         return None
