@@ -5,16 +5,18 @@ of a few steps. Hard bounds on ratios of step peaks (bench/memory.py) and on rec
 
 Eager and ``balanced`` train, and the allocator's events are counted; the steps are those in which ILS visits every unit
 once, in an order that the seed decides. Compiling takes most of the time, so the others are not compiled: their peaks
-are read off the code that Inductor writes for them, with the very gates that were open in the steps of ``balanced``,
-whose own peak, read off in the same way, must be what was measured.
+are read off the code that Inductor writes for them (a second process writes it meanwhile), with the very gates that
+were open in the steps of ``balanced``, whose own peak, read off in the same way, must be what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +30,7 @@ from bench.rivals import Settings, config_of, make_trainee, preset_of, rival_of
 from bench.time import noted_compiles
 from slimfit_fx.api import checked_settings
 from slimfit_fx.capture.captured import step_trace
+from slimfit_fx.planning.peak import StepTrace
 from slimfit_fx.rehearsal import Rehearsal
 
 TRAINED, READ_OFF = ("eager", "balanced"), ("compile", "max", "exact")
@@ -57,8 +60,8 @@ def train(name: str, case: Case, settings: Settings, *, steps: int) -> tuple[dic
     return result, opened
 
 
-def read_off(name: str, case: Case, settings: Settings, opened: Sequence[frozenset[str]]) -> dict[str, Any]:
-    """The largest peak of steps with these gates open, by the code that Inductor writes; nothing is compiled.
+def trace_of(name: str, case: Case, settings: Settings) -> tuple[StepTrace, tuple[str, ...]]:
+    """What the code that Inductor writes does to memory, and the units of its gates; nothing is compiled.
 
     ``name``: a preset of slimfit_fx, or ``compile`` for plain torch.compile, which has no gates.
     """
@@ -75,6 +78,11 @@ def read_off(name: str, case: Case, settings: Settings, opened: Sequence[frozens
     if isinstance(traced, str) or traced[0] is None:
         raise RuntimeError(f"the peak of {name} is not known: {traced}")
     trace, names = traced
+    return trace, tuple(names)
+
+
+def worst_of(name: str, trace: StepTrace, names: Sequence[str], opened: Sequence[frozenset[str]]) -> dict[str, Any]:
+    """The largest peak of steps with these units open. ``names``: the units of the trace's gates."""
     peaks = [trace.peak([k for k, unit in enumerate(names) if unit in wanted]) for wanted in opened]
     worst = max(peaks, key=lambda peak: peak.peak_bytes)
     figures = {"peak_bytes": worst.peak_bytes, "saved_bytes": worst.saved_bytes, "grad_bytes": worst.end_bytes}
@@ -99,18 +107,30 @@ def verdicts_of(results: Mapping[str, Mapping[str, Any]], bounds: Sequence[Bound
     return lines
 
 
+def measure(steps: int) -> dict[str, dict[str, Any]]:
+    """Train, and read off meanwhile; return the result of each rival. ``steps``: measured steps of ``balanced``."""
+    began, results, opened = perf_counter(), {}, list[frozenset[str]]()
+
+    def done(name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        print(f"{name}: done after {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as beside:
+        traces = {name: beside.submit(trace_of, name, CASE, Settings()) for name in READ_OFF}
+        for name in TRAINED:
+            result, opened = train(name, CASE, Settings(), steps=steps)
+            done(name, result)
+        for name, trace in traces.items():
+            done(name, worst_of(name, *trace.result(), opened))
+    return results
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table; return 1 if a bound is missed."""
     parser = argparse.ArgumentParser("python -m bench smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=9, help="measured steps of preset balanced")
     options = parser.parse_args(arguments)
-    began, results, opened = perf_counter(), {}, list[frozenset[str]]()
-    for name in (*TRAINED, *READ_OFF):
-        if name in TRAINED:
-            results[name], opened = train(name, CASE, Settings(), steps=options.steps)
-        else:
-            results[name] = read_off(name, CASE, Settings(), opened)
-        print(f"{name}: done after {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    results = measure(options.steps)
     verdicts = verdicts_of(results, bounds_of(CASE, Settings().freeze_rate))
     print(f"\n{CASE.name}, freeze rate {Settings().freeze_rate}, worst of {options.steps} steps")
     print(f"trained: {', '.join(TRAINED)}; read off the code: {', '.join(READ_OFF)}")

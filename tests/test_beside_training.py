@@ -65,8 +65,8 @@ def test_a_step_of_that_plan_takes_what_the_plan_says():
 
 
 def test_evaluation_is_left_alone():
-    model, session = optimized(Tiny())
-    plain = Tiny()
+    model, session = optimized(Tiny(depth=1))
+    plain = Tiny(depth=1)
     data, _ = tokens()
     with torch.no_grad():
         torch.manual_seed(1)
@@ -101,22 +101,22 @@ def test_compile_eval(monkeypatch, executor, by_inductor):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: asked.append(gm) or gm.forward)
     monkeypatch.setattr(slimfit_fx.api, "has_compiler", lambda device: None)
     torch._dynamo.utils.counters.clear()
-    model, session = optimized(Tiny(), executor=executor, compile_eval=True)
+    model, session = optimized(Tiny(depth=1), executor=executor, compile_eval=True)
     data, _ = tokens()
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(model.eval()(data), Tiny().eval()(data))
+            torch.testing.assert_close(model.eval()(data), Tiny(depth=1).eval()(data))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert (session.executor, len(asked), session.compiles) == (executor, by_inductor, 0)
 
 
 def test_compile_eval_and_training_compile_one_graph_each():
-    model, session = optimized(Tiny(), compile_eval=True)
+    model, session = optimized(Tiny(depth=1), compile_eval=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch._dynamo.utils.counters.clear()
     for number in range(3):
         train(model.train(), optimizer, [number])
-        plain = Tiny().eval()
+        plain = Tiny(depth=1).eval()
         plain.load_state_dict(model.state_dict())
         with torch.no_grad():
             assert torch.equal(model.eval()(tokens()[0]), plain(tokens()[0]))
@@ -173,11 +173,11 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_restore():
     hooks = _global_optimizer_pre_hooks.keys() | _global_optimizer_post_hooks.keys()
-    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
     assert slimfit_fx.restore(model) is model
     assert _global_optimizer_pre_hooks.keys() | _global_optimizer_post_hooks.keys() <= hooks
-    plain = Tiny()
+    plain = Tiny(depth=1)
     plain.load_state_dict(model.state_dict())
     loss, grads = step(model, model, tokens())
     expected_loss, expected = step(plain, plain, tokens())
@@ -190,7 +190,7 @@ def test_restore():
 
 
 def test_the_model_keeps_its_face(tmp_path):
-    plain = Tiny()
+    plain = Tiny(depth=1)
     keys, attributes, kind = list(plain.state_dict()), set(vars(plain)), type(plain)
     model, _ = optimized(plain)
     assert model is plain and type(model) is kind and list(model.state_dict()) == keys
@@ -198,19 +198,19 @@ def test_the_model_keeps_its_face(tmp_path):
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(1))
     assert list(model.state_dict()) == keys and [n for n, _ in model.named_parameters()] == keys
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    Tiny().load_state_dict(torch.load(tmp_path / "weights.pt"))
+    Tiny(depth=1).load_state_dict(torch.load(tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize(
     "duplicate", first([copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]), ids=["deepcopy", "pickle"]
 )
 def test_a_copy_is_a_plain_model(duplicate):
-    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     step(model, model, tokens())
     double = duplicate(model)
     with pytest.raises(ValueError, match="was not optimized"):
         slimfit_fx.session(double)
-    plain = Tiny()
+    plain = Tiny(depth=1)
     loss, grads = step(double, double, tokens())
     expected_loss, expected = step(plain, plain, tokens())
     assert equal_bits(loss, expected_loss) and differences(expected, grads) == []
@@ -221,11 +221,11 @@ def test_a_copy_is_a_plain_model(duplicate):
 
 
 def test_two_models_of_one_class_do_not_share_gates():
-    first, one = optimized(Tiny(), scheduler="none", preset="exact")
-    second, two = optimized(Tiny(), scheduler="none", preset="exact")
+    first, one = optimized(Tiny(depth=1), scheduler="none", preset="exact")
+    second, two = optimized(Tiny(depth=1), scheduler="none", preset="exact")
     one.freeze("blocks.0.*")
-    two.freeze("blocks.1.*")
-    reference = Tiny()
+    two.freeze("embed.*")
+    reference = Tiny(depth=1)
     _, expected = step(compile_reference(reference), reference, tokens())
     for model, session in ((first, one), (second, two), (first, one)):
         assert differences(expected, step(model, model, tokens())[1], closed=session.gates.closed) == []
@@ -236,7 +236,7 @@ def test_an_optimized_part_inside_a_plain_model():
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.tail = Tiny(), nn.Linear(5, 2)
+            self.body, self.tail = Tiny(depth=1), nn.Linear(5, 2)
 
         def forward(self, data):
             return self.tail(self.body(data)).square().mean()
@@ -347,7 +347,7 @@ def test_a_float16_model():
 def trains_in(dtype: torch.dtype) -> None:
     """A model of this element type has the gradients of the reference, and close ones when it is compressed."""
     try:
-        step(plain := Tiny().to(dtype), plain, tokens())
+        step(plain := Tiny(depth=1).to(dtype), plain, tokens())
     except RuntimeError as error:
         pytest.skip(f"this torch cannot train a model of {dtype} on a CPU: {error}")
     some = {"make": lambda: Tiny(depth=1).to(dtype), "closed": ("blocks.0.qkv.weight", "embed.weight")}

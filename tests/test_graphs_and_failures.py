@@ -38,7 +38,7 @@ def test_changing_batch_sizes_compile_twice_at_most():
 @pytest.mark.thorough
 def test_dynamic_shapes_from_the_start():
     model, session, _, reference = pair(dynamic=True, preset="balanced", closed=())
-    exact, _ = optimized(Tiny(), preset="exact", scheduler="none", dynamic=True)
+    exact, _ = optimized(Tiny(depth=1), preset="exact", scheduler="none", dynamic=True)
     for number, (batch, length) in enumerate([(4, 8), (6, 12), (3, 5)]):
         data = tokens(number, batch, length)
         (loss, grads), (expected_loss, expected) = step(model, model, data), step(exact, exact, data)
@@ -195,7 +195,7 @@ def test_a_message_that_the_library_says_once_breaks_no_graph(caplog):
 def test_scheduling_draws_no_random_numbers(scheduler):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model, session = optimized(Tiny(dropout=0.0), scheduler=scheduler, distance_sample=64)
+    model, session = optimized(Tiny(depth=1, dropout=0.0), scheduler=scheduler, distance_sample=64)
     torch.manual_seed(5)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
     assert torch.equal(before, torch.get_rng_state())
@@ -222,7 +222,7 @@ def test_a_pass_that_fails_costs_memory_only(monkeypatch, broken):
     assert equal_bits(loss, expected_loss) and differences(expected, grads, closed=session.gates.closed) == []
     assert any("no luck today" in note for note in session.plan.notes)
     with pytest.raises(Exception, match="no luck today"):
-        strict, _ = optimized(Tiny())
+        strict, _ = optimized(Tiny(depth=1))
         strict(*tokens())
 
 
@@ -233,9 +233,9 @@ def test_a_lowering_that_fails_costs_speed_only(monkeypatch):
         raise RuntimeError("no compiler today")
 
     monkeypatch.setattr(backend, "lower_with_interpreter", fail)
-    model, session = optimized(Tiny(dropout=0.0), strict=False, scheduler="none")
+    model, session = optimized(Tiny(depth=1, dropout=0.0), strict=False, scheduler="none")
     session.freeze("blocks.*")
-    plain = Tiny(dropout=0.0)
+    plain = Tiny(depth=1, dropout=0.0)
     with pytest.warns(RuntimeWarning, match="no compiler today"):
         loss, grads = step(model, model, tokens())
     _, expected = step(plain, plain, tokens())
@@ -322,7 +322,7 @@ def test_the_environment_turns_debug_mode_on(monkeypatch, caplog, value, debug):
 
 
 def test_flipping_never_compiles():
-    model, session = optimized(Tiny(), scheduler="none", preset="exact")
+    model, session = optimized(Tiny(depth=1), scheduler="none", preset="exact")
     expected = step(model, model, tokens())[1]
     expected = {n: g.clone() for n, g in expected.items()}
     for name, other in itertools.pairwise(session.gates.names):

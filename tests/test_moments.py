@@ -29,7 +29,8 @@ STEPS = 7
 
 
 def model_of(**changes: Any) -> tuple[nn.Module, slimfit_fx.Session]:
-    return optimized(Tiny(dropout=0.0), **{"preset": "exact", "scheduler": "random", "freeze_rate": 0.6, **changes})
+    settings = {"preset": "exact", "scheduler": "random", "freeze_rate": 0.7, **changes}
+    return optimized(Tiny(depth=1, dropout=0.0), **settings)
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS, after: Callable[[], None] = lambda: None) -> None:
@@ -46,7 +47,7 @@ def rarity(session: slimfit_fx.Session) -> float:
 
 def by_hand(make: Callable[[Any], Optimizer], session: slimfit_fx.Session, exponent: float, factor: float) -> nn.Module:
     """Plain training of the same model: closed units have no gradient, units a group with settings of its own."""
-    model, names = Tiny(dropout=0.0), set(session.gates.names)
+    model, names = Tiny(depth=1, dropout=0.0), set(session.gates.names)
     named = dict(model.named_parameters())
     units = [p for n, p in named.items() if n in names]
     optimizer = make([{"params": [p for n, p in named.items() if n not in names]}, {"params": units}])
@@ -128,7 +129,7 @@ def test_what_is_no_adam_steps_with_its_own_groups():
     model, session = model_of()
     optimizer = SGD(model.parameters(), lr=1e-2, momentum=0.9)
     assert session._tracker.parts_of(optimizer) is None
-    assert session._tracker.parts_of(AdamW(Tiny().parameters())) is not None
+    assert session._tracker.parts_of(AdamW(Tiny(depth=1).parameters())) is not None
 
 
 @pytest.mark.parametrize("make", [

@@ -32,7 +32,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", first(OPTIMIZERS))
 def test_two_hundred_steps_compile_once_and_closed_units_stand_still(kind):
     torch._dynamo.utils.counters.clear()
-    model, session = optimized(Tiny())
+    model, session = optimized(Tiny(depth=1))
     optimizer = OPTIMIZERS[kind](model.parameters())
     params = dict(model.named_parameters())
     opened: set[str] = set()
@@ -55,7 +55,7 @@ def test_two_hundred_steps_compile_once_and_closed_units_stand_still(kind):
 
 
 def test_it_learns():
-    model, _ = optimized(Tiny(), freeze_rate=0.8, preset="balanced")
+    model, _ = optimized(Tiny(depth=1), freeze_rate=0.8, preset="balanced")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = train(model, optimizer, [number % 3 for number in range(150)])
     assert sum(losses[-10:]) < 0.25 * sum(losses[:10])
@@ -72,7 +72,7 @@ def test_it_learns():
 def test_a_resumed_run_equals_the_run_without_a_stop(scheduler, most):
     def fresh():
         settings = {"scheduler": scheduler, "distance_sample": most, "freeze_rate": 0.6}
-        model, session = optimized(Tiny(), preset="balanced", **settings)
+        model, session = optimized(Tiny(depth=1), preset="balanced", **settings)
         return model, session, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     model, session, optimizer = fresh()
@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_the_run_without_a_stop(scheduler, most):
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_a_run_resumed_at_step_100_equals_200_steps():
-    model, session = optimized(Tiny())
+    model, session = optimized(Tiny(depth=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     torch.manual_seed(3)
     train(model, optimizer, range(100))
@@ -119,8 +119,8 @@ def test_a_run_resumed_at_step_100_equals_200_steps():
 
 
 def test_gradient_accumulation_keeps_the_gates():
-    model, session = optimized(Tiny(), preset="exact", freeze_rate=0.6, **UNPACED)
-    reference = Tiny()
+    model, session = optimized(Tiny(depth=1), preset="exact", freeze_rate=0.6, **UNPACED)
+    reference = Tiny(depth=1)
     compiled = compile_reference(reference)
     ours, theirs = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, reference))
     for number in range(3):
@@ -238,7 +238,7 @@ def test_all_units_closed():
 
 
 def test_stale_gradients_of_closed_units_are_dropped_before_the_optimizer():
-    model, session = optimized(Tiny(), scheduler="none", preset="exact")
+    model, session = optimized(Tiny(depth=1), scheduler="none", preset="exact")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     train(model, optimizer, range(2))
     session.freeze("blocks.0.*")
@@ -263,7 +263,7 @@ def test_clipping_sees_open_units_only():
 
 
 def test_two_optimizers_count_as_one_step():
-    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     head = [p for n, p in model.named_parameters() if n.startswith(("head", "norm"))]
     rest = [p for n, p in model.named_parameters() if not n.startswith(("head", "norm"))]
     first, second = torch.optim.SGD(head, lr=0.1, momentum=0.9), torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1)
@@ -281,7 +281,7 @@ def test_two_optimizers_count_as_one_step():
 
 
 def test_an_optimizer_of_another_model_flips_nothing():
-    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     model(*tokens()).backward()
     other = nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
@@ -292,7 +292,7 @@ def test_an_optimizer_of_another_model_flips_nothing():
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_grad_scaler_skips_flips_nothing(fused):
     """A fused optimizer is called all the same, and its kernel does nothing."""
-    model, session = optimized(Tiny(), freeze_rate=0.6)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     for number in range(4):
@@ -316,7 +316,7 @@ def test_a_step_that_a_grad_scaler_skips_flips_nothing(fused):
 
 
 def test_a_closure_works():
-    model, session = optimized(Tiny(dropout=0.0), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1, dropout=0.0), freeze_rate=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def closure():
@@ -382,7 +382,7 @@ def test_an_optimizer_that_calls_its_closure_often():
 
 
 def test_an_exotic_optimizer_says_when_it_stepped():
-    model, session = optimized(Tiny(), freeze_rate=0.5)
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5)
     for number in range(5):
         model.zero_grad()
         model(*tokens(number)).backward()
@@ -401,7 +401,7 @@ def step_and_clear(optimizer):
 
 
 def test_an_optimizer_inside_backward():
-    model, session = optimized(Tiny(), freeze_rate=0.5, scheduler="random")
+    model, session = optimized(Tiny(depth=1), freeze_rate=0.5, scheduler="random")
     for param in model.parameters():
         small = torch.optim.SGD([param], lr=0.01)
         param.register_post_accumulate_grad_hook(lambda p, small=small: step_and_clear(small))
@@ -414,7 +414,7 @@ def test_an_optimizer_inside_backward():
 
 
 def test_a_model_that_is_gone_does_not_disturb_other_optimizers():
-    model, session = optimized(Tiny())
+    model, session = optimized(Tiny(depth=1))
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), range(2))
     del model, session
     other = nn.Linear(2, 2)
@@ -424,7 +424,7 @@ def test_a_model_that_is_gone_does_not_disturb_other_optimizers():
         optimizer.step()
     before = len(_global_optimizer_pre_hooks)
     for _ in range(8):
-        optimized(Tiny())
+        optimized(Tiny(depth=1))
         gc.collect()
     assert len(_global_optimizer_pre_hooks) <= before + 2, "hooks of models that are gone must not pile up"
 
