@@ -13,7 +13,7 @@ backward, several times as wide as what passes from block to block. A tile bring
 weights add up, tile by tile, behind the gates that they had. What stands between blocks (the last one, with what
 follows it) becomes a block of its own if that pays.
 
-Which operators can see a tile only is said in graph/tiling.py, which nodes of a block run in tiles is decided in
+Which operators can see a tile only is said in graph/tile_rules.py, which nodes of a block run in tiles is decided in
 tile_stretches.py, tile_bodies.py writes the tiles, and tile_choices.py their calls. Sums over the batch are rounded
 otherwise than at once.
 """

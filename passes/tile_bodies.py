@@ -14,7 +14,8 @@ import slimfit_fx.runtime.parts  # noqa: F401  (registers the operator)
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import graph_text, value_text
 from slimfit_fx.graph.retrace import survives_pickling
-from slimfit_fx.graph.tiling import EACH, SUM, State, States, tile_arguments
+from slimfit_fx.graph.tile_states import EACH, SUM, State, States
+from slimfit_fx.graph.tiling import tile_arguments
 from slimfit_fx.passes.insert_gates import RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, identifier_of, owner
 from slimfit_fx.passes.tile_stretches import COND, Stretch, Stretches, follow_branch

@@ -16,7 +16,7 @@ from torch import fx
 
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.batch import BatchCut
-from slimfit_fx.graph.tiling import EACH
+from slimfit_fx.graph.tile_states import EACH
 from slimfit_fx.passes.outline_repeats import INVOKE, Block, block_of, body_of, identifier_of, replace, stretches
 from slimfit_fx.passes.tile_bodies import tiled_body
 from slimfit_fx.passes.tile_stretches import Stretch, Stretches, has_symbols

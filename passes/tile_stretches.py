@@ -16,7 +16,8 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.batch import Batch
 from slimfit_fx.graph.joint import nbytes
-from slimfit_fx.graph.tiling import EACH, SAME, SUM, Flow, State, States, follow
+from slimfit_fx.graph.tile_states import EACH, SAME, SUM, Flow, State, States
+from slimfit_fx.graph.tiling import follow
 from slimfit_fx.passes.outline_repeats import owner
 from slimfit_fx.planning.blocks import TensorSpec, is_dense
 

@@ -20,7 +20,8 @@ from torch import fx, nn
 
 import slimfit_fx
 from slimfit_fx.graph import batch as batch_
-from slimfit_fx.graph.tiling import SUM, Flow, follow
+from slimfit_fx.graph.tile_states import SUM, Flow
+from slimfit_fx.graph.tiling import follow
 from slimfit_fx.passes import outline_repeats as outlined_
 from slimfit_fx.passes import tile_stretches
 from slimfit_fx.passes.hand_over_parts import hand_over_parts
