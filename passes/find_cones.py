@@ -7,6 +7,8 @@ Every node gets a *home*: the main graph, or the cones that need it. From the gr
 - needed by one cone only               -> that cone, whatever it costs
 - needed by several cones, cheap        -> cloned into each of them, into four at most if a tangent reaches it
 - needed by several, expensive          -> a cone of its own on the OR of their gates, which they read: cones nest
+- an early part of a sum (a weight that is used twice, as a tied embedding), made of more bytes than it has -> a cone of
+                                           its own on the same gate: what it is made of need not wait for the last part
 - the same, but it can end no branch, or the gates are more than four -> main, with the reason
 
 Analysis only: returns a ``ConePlan``; insert_gates.py acts on it.
@@ -14,7 +16,7 @@ Analysis only: returns a ``ConePlan``; insert_gates.py acts on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -166,6 +168,8 @@ class _Homes:
         self.refusals: list[tuple[str, str]] = []
         self._first_shared = len(outputs)
         self._shared: dict[fx.Node, int] = {}
+        position = {node: place for place, node in enumerate(graph.nodes)}
+        self._early = frozenset().union(*(early_parts(root, position) for root in self.roots.values()))
         self.home: dict[fx.Node, frozenset[int]] = {}
         self.clones: dict[fx.Node, frozenset[int]] = {}
         root_of = {root: index for index, root in self.roots.items()}
@@ -204,9 +208,10 @@ class _Homes:
             return frozenset([MAIN]), cones if movable and not _must_stay(node) else frozenset()
         if _must_stay(node):
             return frozenset([MAIN]), frozenset()
-        if len(cones) == 1:
-            return cones, frozenset()
         opening = frozenset().union(*(self.gates[cone] for cone in cones))
+        if len(cones) == 1:
+            apart = node in self._early and self._refuse_sharing(maker, node, len(opening)) is None
+            return frozenset([self._share(maker, opening)]) if apart else cones, frozenset()
         why_not = self._refuse_sharing(maker, node, len(opening))
         few = len(cones) <= MAX_GATES_PER_CONE
         if cheap and (not fed or (few and not (why_not is None and self._gathers(node)))):
@@ -241,6 +246,52 @@ class _Homes:
         products = [_behind_views(i, node) for i in node.all_input_nodes]
         sizes = [nbytes(p) for p in products if p is not None and p in self._fed and not ops.is_cheap(p)]
         return not ops.is_view(node) and bool(sizes) and nbytes(node) <= sum(sizes)
+
+
+def early_parts(root: fx.Node, position: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """Of the sum that ``root`` is, the parts, and sums of parts, that are known before its last part is.
+
+    Products and reductions, whose operands are let go then. One that is larger than its operands may wait, since it
+    would be held instead. ``position``: of every node in the graph.
+    """
+    found: set[fx.Node] = set()
+    total: fx.Node | None = _within_casts(root)
+    while total is not None and ops.op_name(total) == "add" and len(total.all_input_nodes) == 2:
+        parts = [_within_casts(part) for part in total.all_input_nodes]
+        first = min(parts, key=lambda part: _known_at(part, position))
+        if _is_sum(first) or _shrinks(first):
+            found.add(first)
+        total = next((part for part in parts if _is_sum(part)), None)
+    return frozenset(found)
+
+
+def _within_casts(node: fx.Node) -> fx.Node:
+    """What ``node`` is a cast or a view of, as far as nobody else reads it on the way."""
+    while len(node.all_input_nodes) == 1 and (ops.is_view(node) or ops.op_name(node) == "convert_element_type"):
+        (source,) = node.all_input_nodes
+        if len(source.users) > 1 or source.op != "call_function":
+            break
+        node = source
+    return node
+
+
+def _known_at(node: fx.Node, position: Mapping[fx.Node, int]) -> int:
+    """Behind which place the last part of ``node`` is known, wherever they are added up."""
+    if _is_sum(node):
+        return max(_known_at(_within_casts(part), position) for part in node.all_input_nodes)
+    return position[ops.view_base(node)]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return ops.op_name(node) == "add" and len(node.all_input_nodes) == 2 and len(node.users) == 1
+
+
+def _shrinks(node: fx.Node) -> bool:
+    """Whether a product or a reduction makes ``node``, for one reader only, of more bytes than it has."""
+    if node.op != "call_function" or not ops.is_tensor(node) or len(node.users) != 1 or ops.is_getitem(node):
+        return False
+    makes = ops.is_reduction(node) or not ops.is_cheap(node)
+    return makes and sum(nbytes(n) for n in node.all_input_nodes if ops.is_tensor(n)) > nbytes(node)
 
 
 def _behind_views(node: fx.Node, reader: fx.Node) -> fx.Node | None:

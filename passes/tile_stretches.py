@@ -102,9 +102,13 @@ class Stretches:
         bound = WORTH * _most_alive(lives, len(nodes), None, self.tiles)
         if self.drawn or EACH in self.inside.values():
             bound = math.inf
+
+        def held_in_tiles(first: int, last: int) -> float:
+            return _most_alive(lives, len(nodes), (first, last), self.tiles) + self._unfused(nodes[first:last])
+
         spans = sorted(
-            (_most_alive(lives, len(nodes), span, self.tiles), span[0] - span[1], span)
-            for span in itertools.combinations(_borders(lives, len(nodes)), 2)
+            (held_in_tiles(first, last), first - last, (first, last))
+            for first, last in itertools.combinations(_borders(lives, len(nodes)), 2)
         )
         for held, _, (first, last) in spans:
             if held >= bound:
@@ -113,6 +117,15 @@ class Stretches:
             if stretch is not None:
                 return stretch
         return "it would hold no less"
+
+    def _unfused(self, nodes: Sequence[fx.Node]) -> int:
+        """Bytes of what stands in memory only because ``nodes`` read it tile by tile.
+
+        Values that are not of the batch (which class each token has), made by pointwise work for its like: where all of
+        it runs at once, a kernel makes them as it goes.
+        """
+        read = {value for node in nodes for value in self._slices.get(node, ())}
+        return sum(nbytes(v) for v in read if ops.is_pointwise(v) and all(ops.is_cheap(user) for user in v.users))
 
     def _needs_all(self) -> str:
         """The first operator that runs on what all tiles gave, and gives what is of the batch again."""

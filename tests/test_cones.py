@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import getitem
 
+import torch
 from graphs import ATEN, Sketch, names
 from torch import fx
 
@@ -163,6 +164,78 @@ def test_a_product_that_is_spread_out_is_handed_on_as_it_is():
     wide = s.call(MUL, column, g)
     plan = cones(s, [s.call(SUM, wide, [0]), s.call(SUM, s.call(NEG, wide), [1])], [0, 1], [w])
     assert [c.results for c in shared(plan)] == [(column,)] and all(wide in only(plan, gate).nodes for gate in (0, 1))
+
+
+ADD = ATEN.add.Tensor
+
+
+def uses(count: int, *, rows: int = 64, last: bool = False):
+    """(sketch, products, sums, operands) of a weight (6, 8) that is used ``count`` times; ``last``: from there on."""
+    s = Sketch()
+    pairs = [(s.input(f"x{i}", rows, 8), s.input(f"tangents_{i}", rows, 6)) for i in range(count)]
+    products = [linear(s, x, g) for x, g in pairs]
+    order = products[::-1] if last else products
+    sums = [order[0]]
+    for product in order[1:]:
+        sums.append(s.call(ADD, sums[-1], product))
+    return s, products, sums[1:], pairs
+
+
+def test_an_early_part_of_a_sum_does_not_wait_for_the_last():
+    """The factors of the first product are not held until the second is known: a tied embedding and its head."""
+    s, (first, second), (total,), (early, late) = uses(2)
+    plan = cones(s, [total], [3], [early[0], late[0]])
+    part, cone = plan.cones
+    assert (part.output, part.gates, part.results) == (None, {3}, (first,)) and names(part.operands) == names(early)
+    assert (cone.output, cone.gates, cone.results) == (0, {3}, (total,))
+    assert {second, total} < set(cone.nodes) and first not in cone.nodes
+    assert names(cone.operands) == {first.name, *names(late)}
+    assert plan.stashes == {early[0]: frozenset([3]), late[0]: frozenset([3])}
+
+
+def test_a_sum_of_many_parts_grows_as_they_come():
+    """A weight that all layers share: each layer's product is added to those before it."""
+    s, products, sums, pairs = uses(4)
+    plan = cones(s, [sums[-1]], [0], [x for x, _ in pairs])
+    assert [c.results for c in plan.cones] == [(products[0],), (sums[0],), (sums[1],), (sums[2],)]
+    for number, cone in enumerate(plan.cones[1:], 1):
+        before = plan.cones[number - 1].results[0]
+        assert names(cone.operands) == {before.name, *names(pairs[number])}
+
+
+def test_a_sum_from_the_last_part_on_waits_for_it():
+    s, products, sums, _ = uses(3, last=True)
+    plan = cones(s, [sums[-1]], [0])
+    assert [c.results for c in shared(plan)] == [(products[0],), (products[1],)]
+
+
+def test_a_part_that_is_larger_than_its_factors_waits():
+    s, _, (total,), _ = uses(2, rows=2)
+    plan = cones(s, [total], [3])
+    assert [c.results for c in plan.cones] == [(total,)]
+
+
+def test_reductions_are_parts_too():
+    """The weight of a norm that all layers share: no layer's gradients are held until the last one is done."""
+    s = Sketch()
+    pairs = [(s.input(f"x{i}", 64, 8), s.input(f"tangents_{i}", 64, 8)) for i in range(3)]
+    first, second, third = (s.call(SUM, s.call(MUL, x, g), [0]) for x, g in pairs)
+    some = s.call(ADD, first, second)
+    plan = cones(s, [s.call(ADD, some, third)], [0])
+    assert [c.results for c in shared(plan)] == [(first,), (some,)]
+    assert names(plan.cones[0].operands) == names(pairs[0])
+
+
+def test_a_part_is_found_behind_casts_and_views_and_not_where_something_else_reads_it():
+    for read_elsewhere in (False, True):
+        s = Sketch()
+        pairs = [(s.input(f"x{i}", 64, 8), s.input(f"tangents_{i}", 64, 6)) for i in range(2)]
+        first, second = (linear(s, x, g) for x, g in pairs)
+        cast = s.call(torch.ops.prims.convert_element_type.default, s.call(PERMUTE, first, [1, 0]), torch.float64)
+        total = s.call(ADD, cast, s.call(PERMUTE, second, [1, 0]))
+        others = [s.call(SUM, first, [0])] if read_elsewhere else []
+        plan = cones(s, [total, *others], [0, STATIC][: 1 + len(others)])
+        assert [c.results for c in shared(plan)] == ([] if read_elsewhere else [(first,)])
 
 
 def test_a_shared_value_of_a_symbolic_shape_is_always_computed():

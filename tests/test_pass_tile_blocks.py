@@ -225,6 +225,23 @@ def test_what_gains_nothing_stays_whole(monkeypatch):
     ]
 
 
+def test_what_would_stand_in_memory_only_for_tiles_counts(monkeypatch):
+    """A kernel makes as it goes what class each token has; for tiles to read their part of it, all of it must stand."""
+    monkeypatch.setattr(tile_stretches, "WORTH", 0.9)
+
+    def done(mix) -> Tiled:
+        module = layers(mix)
+        assert outline_repeats(module)
+        return alone(module)
+
+    def times(s: Sketch, x: fx.Node, *sizes: int) -> fx.Node:
+        made = s.call(ATEN.neg.default, s.call(ATEN.full.default, sizes, 2.0))
+        return s.call(ATEN.gelu.default, s.call(ATEN.mul.Tensor, x, made))
+
+    assert done(lambda s, x: times(s, x, 8, 4, 1)).calls > 0
+    assert done(lambda s, x: times(s, x, 8, 4, 24)) == Tiled(0, "it would hold no less")
+
+
 def test_why_a_block_stays_whole():
     """The operator that needs the whole batch is named, in the plan too; a small batch is no reason to say anything."""
     module = layers(OVER_THE_BATCH["softmax"])

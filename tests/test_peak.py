@@ -359,3 +359,35 @@ def test_generators_are_no_saved_values():
     """A GPU's checkpointing hands backward the states that forward drew its dropout with, behind the tangents."""
     code = SimpleNamespace(names=("primals_1", "mm", "tangents_1", "bwd_rng_state_0", "bwd_rng_state_1"))
     assert (num_tangents(code), _num_generators(code)) == (1, 2)
+
+
+class TiedHead(nn.Module):
+    """Layers between an embedding and a head with its weights; logits take 1 MB each time they stand in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(2048, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + F.gelu(layer(x))
+        return F.cross_entropy((x @ self.embed.weight.t()).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize("closed", [(), ("embed.weight",)])
+def test_a_tied_head_lets_go_of_its_logits_before_the_layers_run(closed):
+    """Its weight's gradient comes in two parts, of which the first does not wait for the embedding's."""
+    ids = torch.arange(128).view(4, 32)
+    model, session = optimized(TiedHead(), preset="exact", scheduler="none")
+    if closed:
+        session.freeze(closed)
+    model(ids).backward()
+    found = session.predict_peak()
+    logits, gradient = 128 * 2048 * 4, model.embed.weight.nbytes
+    backward = found.timeline[found.peak_event :]
+    assert found.peak_bytes > 2 * logits
+    below = [size for size in backward if size < logits]
+    assert len(below) > len(backward) / 2, "logits are gone for most of backward"
+    assert backward[-1] <= gradient * (not closed) + 16 * 2**10
