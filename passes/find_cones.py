@@ -27,6 +27,8 @@ from slimfit_fx.graph.joint import STATIC, nbytes
 from slimfit_fx.planning.chances import MAX_GATES_PER_CONE
 
 MAIN = -1
+_MOST_PARTS = 32
+"""Branches of their own that the parts of one gradient may have."""
 CONE = "slimfit_cone"
 """Marks a branch and what comes out of it, with its gates."""
 
@@ -252,17 +254,26 @@ def early_parts(root: fx.Node, position: Mapping[fx.Node, int]) -> frozenset[fx.
     """Of the sum that ``root`` is, the parts, and sums of parts, that are known before its last part is.
 
     Products and reductions, whose operands are let go then. One that is larger than its operands may wait, since it
-    would be held instead. ``position``: of every node in the graph.
+    would be held instead. Of a long sum (a cell that runs for each token) a few, evenly spread: each is a branch.
+    ``position``: of every node in the graph.
     """
-    found: set[fx.Node] = set()
-    total: fx.Node | None = _within_casts(root)
-    while total is not None and ops.op_name(total) == "add" and len(total.all_input_nodes) == 2:
-        parts = [_within_casts(part) for part in total.all_input_nodes]
-        first = min(parts, key=lambda part: _known_at(part, position))
-        if _is_sum(first) or _shrinks(first):
-            found.add(first)
-        total = next((part for part in parts if _is_sum(part)), None)
-    return frozenset(found)
+    sums: list[tuple[fx.Node, fx.Node]] = []  # and what each adds to the one behind it, outermost first
+    total = _within_casts(root)
+    while ops.op_name(total) == "add" and len(total.all_input_nodes) == 2:
+        one, other = (_within_casts(part) for part in total.all_input_nodes)
+        inner, part = (other, one) if _is_sum(other) else (one, other)
+        sums.append((total, part))
+        total = inner
+    found: list[fx.Node] = []
+    known, worth_it = position[ops.view_base(total)], _shrinks(total)
+    for outer, part in reversed(sums):
+        place, shrinks = position[ops.view_base(part)], _shrinks(part)
+        if known <= place and worth_it:
+            found.append(total)
+        elif place < known and shrinks:
+            found.append(part)
+        total, known, worth_it = outer, max(known, place), worth_it or shrinks
+    return frozenset(found[:: max(1, -(-len(found) // _MOST_PARTS))])
 
 
 def _within_casts(node: fx.Node) -> fx.Node:
@@ -273,13 +284,6 @@ def _within_casts(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
-
-
-def _known_at(node: fx.Node, position: Mapping[fx.Node, int]) -> int:
-    """Behind which place the last part of ``node`` is known, wherever they are added up."""
-    if _is_sum(node):
-        return max(_known_at(_within_casts(part), position) for part in node.all_input_nodes)
-    return position[ops.view_base(node)]
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from operator import getitem
 
+import pytest
 import torch
 from graphs import ATEN, Sketch, names
 from torch import fx
 
 from slimfit_fx.graph.joint import STATIC
-from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan, find_cones
+from slimfit_fx.passes.find_cones import CONE, Cone, ConePlan, early_parts, find_cones
 from slimfit_fx.planning.chances import MAX_GATES_PER_CONE
 
 MM, NEG, MUL, PERMUTE, SUM = (
@@ -209,10 +210,22 @@ def test_a_sum_from_the_last_part_on_waits_for_it():
     assert [c.results for c in shared(plan)] == [(products[0],), (products[1],)]
 
 
-def test_a_part_that_is_larger_than_its_factors_waits():
-    s, _, (total,), _ = uses(2, rows=2)
-    plan = cones(s, [total], [3])
-    assert [c.results for c in plan.cones] == [(total,)]
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_part_that_is_larger_than_its_factors_waits(count):
+    s, _, sums, _ = uses(count, rows=2)
+    plan = cones(s, [sums[-1]], [3])
+    assert [c.results for c in plan.cones] == [(sums[-1],)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_sum_of_very_many_parts_has_few_branches(last):
+    """A weight that is used for each of two thousand tokens: no stack overflows, and not every part is a branch."""
+    s, products, sums, _ = uses(2000, last=last)
+    found = early_parts(sums[-1], {node: place for place, node in enumerate(s.graph.nodes)})
+    assert 16 < len(found) <= 32
+    order = products if last else [products[0], *sums]
+    places = sorted(order.index(part) for part in found)
+    assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 2000 // 16
 
 
 def test_reductions_are_parts_too():
