@@ -8,7 +8,8 @@
 ``activation-budget-X`` torch.compile with torch's ``activation_memory_budget`` of X, in (0, 1]
 ``lora``                eager, LoRA of rank 8 (peft); ``lora-checkpoint``: with gradient checkpointing
 a preset's name         slimfit_fx; with ``-cheap``, ``-products``, ``-blocks`` or ``-auto``: that recompute; with
-                        ``-open``: every gate open (scheduler "none"); with ``lora-`` before it: of a model with LoRA
+                        ``-loss``: outputs="loss"; with ``-open``: every gate open (scheduler "none"); with ``lora-``
+                        before it: of a model with LoRA
 ``budget-X``            slimfit_fx's planner with a memory budget of X, up to preset "max": ``8GiB``; in the tables also
                         ``50%``: parameters and optimizer state, and half of what eager's step takes above them
 ======================= ==============================================================================
@@ -29,7 +30,7 @@ from slimfit_fx.presets import SCHEDULER, SCHEDULER_OF
 PLAIN = ("eager", "compile", "checkpoint")
 PRESETS = ("exact", "paper", "balanced", "max")
 ACTIVATION_BUDGETS = tuple(f"activation-budget-{tenths / 10:g}" for tenths in range(1, 10))
-_OPEN = "-open"
+_OPEN, _LOSS = "-open", "-loss"
 _LEVELS = ("cheap", "products", "blocks", "auto")
 _LORA = "lora-"
 _LORA_RANK = 8
@@ -43,6 +44,7 @@ class Rival:
     preset: str | None = None
     all_open: bool = False
     recompute: str | None = None
+    loss_only: bool = False
     memory_budget: str | None = None
     compiled: bool = False
     checkpoint: bool = False
@@ -78,7 +80,7 @@ def rival_of(name: str) -> Rival:
     if found is None:
         ours = [
             *PRESETS,
-            *(f"{preset}{end}" for preset in PRESETS for end in (*(f"-{level}" for level in _LEVELS), _OPEN)),
+            *(f"{preset}{end}" for preset in PRESETS for end in (*(f"-{level}" for level in _LEVELS), _LOSS, _OPEN)),
             *(f"{_LORA}{preset}{_OPEN}" for preset in PRESETS),
         ]
         legal = ", ".join(
@@ -89,12 +91,15 @@ def rival_of(name: str) -> Rival:
 
 
 def _ours(name: str) -> Rival | None:
-    rest = name.removeprefix(_LORA).removesuffix(_OPEN)
+    asked = name.removeprefix(_LORA).removesuffix(_OPEN)
+    rest = asked.removesuffix(_LOSS)
     level = next((level for level in _LEVELS if rest.endswith(f"-{level}")), None)
     preset = rest if level is None else rest.removesuffix(f"-{level}")
     if preset not in PRESETS:
         return None
-    return Rival(name, preset, name.endswith(_OPEN), level, compiled=True, lora=name.startswith(_LORA))
+    return Rival(
+        name, preset, name.endswith(_OPEN), level, rest != asked, compiled=True, lora=name.startswith(_LORA)
+    )  # fmt: skip
 
 
 def _with_size(name: str) -> Rival | None:
@@ -227,6 +232,7 @@ def config_of(rival: Rival, settings: Settings) -> Any:
         scheduler=_scheduler_of(rival, settings),
         executor=settings.executor,
         **asked,
+        outputs="loss" if rival.loss_only else "all",
         memory_budget=rival.memory_budget,
         seed=settings.seed,
         strict=True,

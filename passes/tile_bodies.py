@@ -11,11 +11,10 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 import slimfit_fx.runtime.parts  # noqa: F401  (registers the operator)
-from slimfit_fx.graph import ops
 from slimfit_fx.graph.canonical import graph_text, value_text
 from slimfit_fx.graph.retrace import survives_pickling
 from slimfit_fx.graph.tile_states import EACH, SUM, State, States
-from slimfit_fx.graph.tiling import tile_arguments
+from slimfit_fx.graph.tiling import is_constant, tile_arguments
 from slimfit_fx.passes.insert_gates import RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, identifier_of, owner
 from slimfit_fx.passes.tile_stretches import COND, Stretch, Stretches, follow_branch
@@ -171,7 +170,7 @@ class _Tile:
         self._graph, self._modules, self._env = fx.Graph(), {}, {}  # type: fx.Graph, dict[str, Any], dict[Any, Any]
         self._inside = set(stretch.nodes)
         read = dict.fromkeys(self._read(stretch))
-        for value, along in sorted(read, key=lambda key: _is_constant(key[0]) and key[1] is not None):
+        for value, along in sorted(read, key=lambda key: is_constant(key[0]) and key[1] is not None):
             self._operand(value, along)
         for node in stretch.nodes:
             self._env[node] = self._copy(node)
@@ -197,7 +196,7 @@ class _Tile:
         if along is not None and along != EACH:
             with self._fake:
                 val = val.narrow(along, 0, val.shape[along] // self._found.tiles)
-        if along is not None and _is_constant(value):
+        if along is not None and is_constant(value):
             made = self._graph.call_function(value.target, (list(val.shape), *value.args[1:]), dict(value.kwargs))  # type: ignore[arg-type]
             self._made[value, along] = made
         else:
@@ -291,11 +290,6 @@ def _tile_branch(
         env[node].meta = {"val": _evaluate(fake, env[node])}
     made.output(tuple(env[n] for n in cast("Sequence[fx.Node]", graph.output_node().args[0])))
     return made
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Whether all elements are one number: ``full(size, number)``."""
-    return ops.op_name(node) == "full" and not node.all_input_nodes
 
 
 def _has_debug_ghosts(body: fx.GraphModule) -> bool:

@@ -16,9 +16,10 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.batch import Batch
 from slimfit_fx.graph.joint import nbytes
-from slimfit_fx.graph.tile_states import EACH, SAME, SUM, Flow, State, States
-from slimfit_fx.graph.tiling import follow
+from slimfit_fx.graph.tile_states import EACH, SAME, SUM, Flow, State, States, divides
+from slimfit_fx.graph.tiling import follow, is_constant
 from slimfit_fx.passes.outline_repeats import owner
+from slimfit_fx.passes.tile_givens import made_in_tiles
 from slimfit_fx.planning.blocks import TensorSpec, is_dense
 
 log = logging.getLogger("slimfit_fx.passes")
@@ -85,6 +86,7 @@ class Stretches:
                 self._place(node)
             else:
                 self.level[node] = 0
+        self._make_givens()
 
     def best(self) -> Stretch | str:
         """The stretch that lets the block hold the least in tiles; the reason if none is worth it.
@@ -124,7 +126,7 @@ class Stretches:
         Values that are not of the batch (which class each token has), made by pointwise work for its like: where all of
         it runs at once, a kernel makes them as it goes.
         """
-        read = {value for node in nodes for value in self._slices.get(node, ())}
+        read = {value for node in nodes for value in self._slices.get(node, ())} - {*nodes}
         return sum(nbytes(v) for v in read if ops.is_pointwise(v) and all(ops.is_cheap(user) for user in v.users))
 
     def _needs_all(self) -> str:
@@ -233,7 +235,7 @@ class Stretches:
             self.level[node], self.same_as[node] = self.level[source], self.same_as.get(source, source)
             return
         flow = self._follow(node, state_of)
-        if flow is None or not _divides(node, flow, self.tiles) or (_draws(flow) and not self._draws):
+        if flow is None or not divides(node, flow, self.tiles) or (_draws(flow) and not self._draws):
             self.level[node] = level + any(self._is_in(n, level) for n in arguments)
             return
         self.level[node], self.inside[node], self._slices[node] = level, flow.result, flow.slices
@@ -242,6 +244,18 @@ class Stretches:
         elif ops.is_getitem(node) or ops.is_view(node) or ops.op_name(node) in {"release", "laid_out"}:
             if arguments[0] in self._gate:
                 self._gate[node] = self._gate[arguments[0]]
+
+    def _make_givens(self) -> None:
+        """Have tiles make what only they read of what is made of inputs alone."""
+        called = [n for n in self.body.graph.nodes if n.op == "call_function" and n in self._whole]
+        made_of_inputs = [n for n in called if not self.level[n]]
+
+        def demand(user: fx.Node, node: fx.Node) -> State:
+            return self._slices[user].get(node) if user in self.inside else None
+
+        for node, made in made_in_tiles(made_of_inputs, self._batch, self.tiles, demand).items():
+            self._whole.discard(node)
+            self.inside[node], self._slices[node] = made.along, made.slices
 
     def _follow(self, node: fx.Node, state_of: Callable[[fx.Node], States]) -> Flow | None:
         if node.target is not COND:
@@ -281,10 +295,10 @@ def follow_branch(graph: fx.Graph, given: Sequence[States], tiles: int) -> TileB
             whole |= set(arguments)
             continue
         flow = follow(node, lambda n: states[n])
-        if flow is None or not _divides(node, flow, tiles):
+        if flow is None or not divides(node, flow, tiles):
             log.debug("a branch needs the whole batch: %s of %s", node.format_node(), [states[n] for n in arguments])
             return None
-        if any(n not in inputs or cuts.get(n, along) != along for n, along in flow.slices.items()):
+        if any(not _may_cut(n) or cuts.get(n, along) != along for n, along in flow.slices.items()):
             log.debug("a branch cuts what it made: %s", node.format_node())
             return None
         cuts |= flow.slices
@@ -293,20 +307,18 @@ def follow_branch(graph: fx.Graph, given: Sequence[States], tiles: int) -> TileB
     results = tuple(states[n] for n in cast("Sequence[fx.Node]", graph.output_node().args[0]))
     if whole & cuts.keys() or not all(isinstance(r, int) and r not in (SAME, EACH) for r in results):
         return None
-    return TileBranch(cast("tuple[State, ...]", results), {inputs.index(n): d for n, d in cuts.items()}, states)
+    states |= {n: along for n, along in cuts.items() if is_constant(n)}
+    places = {inputs.index(n): along for n, along in cuts.items() if not is_constant(n)}
+    return TileBranch(cast("tuple[State, ...]", results), places, states)
+
+
+def _may_cut(node: fx.Node) -> bool:
+    """Whether a tile's branch is given a part of it, or makes that: of an operand, or a constant."""
+    return node.op == "placeholder" or is_constant(node)
 
 
 def _draws(flow: Flow) -> bool:
     return isinstance(flow.result, tuple) and EACH in flow.result
-
-
-def _divides(node: fx.Node, flow: Flow, tiles: int) -> bool:
-    """Whether all that is cut can be cut into tiles of one size."""
-    vals = node.meta["val"] if isinstance(flow.result, tuple) else (node.meta["val"],)
-    states = flow.result if isinstance(flow.result, tuple) else (flow.result,)
-    results = [(v, s) for v, s in zip(vals, states, strict=True) if s is not None and s >= 0]
-    cut = [(n.meta["val"], along) for n, along in flow.slices.items()]
-    return all(v.shape[along] % tiles == 0 for v, along in results + cut)
 
 
 @dataclass(frozen=True)

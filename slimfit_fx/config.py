@@ -108,6 +108,10 @@ class Config:
     holds on its own is then a fraction. Gradients of weights are sums over tiles, the same but for rounding; a GPU's
     attention with dropout draws for each tile. Presets balanced and max say True, the others False. Only with executor
     ``"inductor"`` and sizes that are plain numbers."""
+    outputs: str = "all"
+    """What a training forward gives: ``"all"`` that the model returns, or ``"loss"``: single numbers with a gradient,
+    and of other outputs with one (logits) the shape alone, a tensor on the device ``"meta"``, which raises where its
+    elements are read. A step then never holds the logits of a language model as a whole. Evaluation gives all."""
     gradient_accumulation: bool = False
     """Several backward passes make one optimizer step: ``memory_budget`` then leaves room for the gradients of earlier
     ones. Without it the first such step plans again if they do not fit, with a warning."""
@@ -238,6 +242,7 @@ class Config:
             "recompute": self.recompute_levels,
             "recompute_share": self.recompute_share,
             "tiles": self.tiles,
+            "outputs": self.outputs,
             "milder": {kind: why for kind in FALLBACK if (why := self.why_milder(kind)) is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimfit_fx._suggest import unknown
-from slimfit_fx.presets import EXECUTORS, FALLBACK, LOSSLESS_PRESETS, MOMENTS, PRESETS, RECOMPUTE, resolve
+from slimfit_fx.presets import EXECUTORS, FALLBACK, LOSSLESS_PRESETS, MOMENTS, OUTPUTS, PRESETS, RECOMPUTE, resolve
 from slimfit_fx.schedule import DISTANCES, Scheduler, scheduler_names
 
 if TYPE_CHECKING:
@@ -95,7 +95,13 @@ def _check_units(config: Config) -> Iterable[str]:
 
 
 def _check_choices(config: Config) -> Iterable[str]:
-    choices = {"executor": EXECUTORS, "distance": DISTANCES, "moments": MOMENTS, "recompute": (*RECOMPUTE, "auto")}
+    choices = {
+        "executor": EXECUTORS,
+        "distance": DISTANCES,
+        "moments": MOMENTS,
+        "outputs": OUTPUTS,
+        "recompute": (*RECOMPUTE, "auto"),
+    }
     for name, legal in choices.items():
         value = getattr(config, name)
         if not isinstance(value, str):

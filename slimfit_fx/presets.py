@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 CodecTable = Mapping[str, str | None]
 
+OUTPUTS = ("all", "loss")
 EXECUTORS = ("inductor", "interpreter")
 RECOMPUTE = ("cheap", "products", "blocks")
 """Levels, each of which may compute again what the one before it may, and more."""

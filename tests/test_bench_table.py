@@ -59,7 +59,9 @@ def test_the_batch_of_a_cpu_is_cut_to_the_tokens():
     assert cpu_batch(setting_of("RTE"), 10**6) == 16
 
 
-@pytest.mark.parametrize("name", [*paper_table.RIVALS, "max-open", "exact-blocks", "paper-products", "budget-8GiB"])
+@pytest.mark.parametrize(
+    "name", [*paper_table.RIVALS, "max-open", "balanced-loss", "exact-blocks", "paper-products", "budget-8GiB"]
+)
 def test_every_rival_has_one_meaning(name):
     found = rivals.rival_of(name)
     assert found.name == name
@@ -69,13 +71,25 @@ def test_every_rival_has_one_meaning(name):
 def test_the_parts_of_a_name_are_read():
     found = rivals.rival_of("balanced-blocks-open")
     assert (found.preset, found.recompute, found.all_open) == ("balanced", "blocks", True)
+    assert not found.loss_only and rivals.rival_of("balanced-loss-open").loss_only
     assert rivals.rival_of("activation-budget-0.3").activation_budget == 0.3
     assert rivals.rival_of("budget-8GiB").memory_budget == "8GiB"
     assert rivals.rival_of("lora-checkpoint").lora and rivals.rival_of("lora-checkpoint").checkpoint
 
 
 @pytest.mark.parametrize(
-    "name", ["eger", "activation-budget-0", "activation-budget-1.5", "budget-", "budget-lots", "budget-0%", "max-", ""]
+    "name",
+    [
+        "eger",
+        "activation-budget-0",
+        "activation-budget-1.5",
+        "budget-",
+        "budget-lots",
+        "budget-0%",
+        "max-",
+        "-loss",
+        "",
+    ],
 )
 def test_a_name_that_nobody_bears_is_refused(name):
     with pytest.raises(ValueError, match=f"unknown rival: got {name!r}; legal: eager-attention, eager"):

@@ -157,6 +157,19 @@ def test_everything_that_trainer_does_in_one_run(how, tmp_path):
     assert torch.equal(torch.tensor(predictions), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_of_the_loss_alone_trainer_trains_and_evaluates(smoothing, tmp_path):
+    """It reads logits in evaluation only; with label smoothing it computes the loss of them itself, so they stay."""
+    model, callbacks = prepared("callback", outputs="loss")
+    changes = {**COMMON, "bf16": True, "label_smoothing_factor": smoothing, "max_steps": 2}
+    run = trainer(model, tmp_path, callbacks=callbacks, **changes)
+    run.train()
+    session = slimfit_fx.session(model)
+    assert session.steps == 2 and session.recompiles == 0
+    assert any("left out" in note for note in session.plan.notes) is (smoothing == 0.0)
+    assert 0 <= run.evaluate()["eval_accuracy"] <= 1
+
+
 class Rows(Tower):
     """As Trainer calls it; Inductor compiles it soon."""
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 import slimfit_fx
 from slimfit_fx.graph import batch as batch_
+from slimfit_fx.graph import ops
 from slimfit_fx.graph.tile_states import SUM, Flow
 from slimfit_fx.graph.tiling import follow
 from slimfit_fx.passes import outline_repeats as outlined_
@@ -225,21 +226,50 @@ def test_what_gains_nothing_stays_whole(monkeypatch):
     ]
 
 
-def test_what_would_stand_in_memory_only_for_tiles_counts(monkeypatch):
-    """A kernel makes as it goes what class each token has; for tiles to read their part of it, all of it must stand."""
+def _signs(s: Sketch, *sizes: int) -> fx.Node:
+    """-1 or 1 for each element: made of one number for each token, which are inputs."""
+    name = f"primals_{100 + len(s.graph.nodes)}"
+    with s.graph.inserting_after(next(iter(s.graph.nodes))):
+        token, place = s.input(name, 8, 4, 1), s.input(f"{name}_places", sizes[-1])
+    hit = s.call(ATEN.lt.Tensor, s.call(ATEN.expand.default, token, sizes), place)
+    return s.call(ATEN.where.self, hit, s.call(ATEN.full.default, [], -1.0), s.call(ATEN.full.default, [], 1.0))
+
+
+def _done(mix) -> Tiled:
+    module = layers(mix)
+    assert outline_repeats(module)
+    return alone(module)
+
+
+def test_a_tile_makes_its_part_of_what_is_made_of_inputs(monkeypatch):
+    """Which class each token has: a kernel makes that as it goes, and a tile its part, with all that is made of it."""
     monkeypatch.setattr(tile_stretches, "WORTH", 0.9)
 
-    def done(mix) -> Tiled:
-        module = layers(mix)
-        assert outline_repeats(module)
-        return alone(module)
+    def mix(s: Sketch, x: fx.Node) -> fx.Node:
+        signs = _signs(s, 8, 4, 24)
+        share = s.call(ATEN.sum.dim_IntList, signs, [-1], True)
+        return s.call(ATEN.add.Tensor, s.call(ATEN.gelu.default, s.call(ATEN.mul.Tensor, x, signs)), share)
 
-    def times(s: Sketch, x: fx.Node, *sizes: int) -> fx.Node:
-        made = s.call(ATEN.neg.default, s.call(ATEN.full.default, sizes, 2.0))
-        return s.call(ATEN.gelu.default, s.call(ATEN.mul.Tensor, x, made))
+    plain, module = layers(mix), layers(mix)
+    assert outline_repeats(module) and alone(module).calls > 0
+    body = getattr(module, next(iter(blocks_of(module))))
+    made = [n.meta["val"] for n in body.graph.nodes if n.op == "call_function" and ops.is_tensor(n)]
+    assert not [val for val in made if val.shape == (8, 4, 24)], "none of it is made for the whole batch"
+    values = [torch.randn(*n.meta["val"].shape) for n in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*values), module(*values))
 
-    assert done(lambda s, x: times(s, x, 8, 4, 1)).calls > 0
-    assert done(lambda s, x: times(s, x, 8, 4, 24)) == Tiled(0, "it would hold no less")
+
+def test_what_would_stand_in_memory_only_for_tiles_counts(monkeypatch):
+    """What something reads that is not in tiles is made before them, and tiles do not pay if it is large."""
+    monkeypatch.setattr(tile_stretches, "WORTH", 0.9)
+
+    def mix(s: Sketch, x: fx.Node, width: int) -> fx.Node:
+        signs = _signs(s, 8, 4, width)
+        mean = s.call(ATEN.mean.dim, signs, [0, 1, 2])
+        return s.call(ATEN.gelu.default, s.call(ATEN.mul.Tensor, s.call(ATEN.mul.Tensor, x, signs), mean))
+
+    assert _done(lambda s, x: mix(s, x, 1)).calls > 0
+    assert _done(lambda s, x: mix(s, x, 24)) == Tiled(0, "it would hold no less")
 
 
 def test_why_a_block_stays_whole():
@@ -276,6 +306,7 @@ MIXES = {
     "halves": lambda s, x: s.call(
         ATEN.cat.default, [s.call(ATEN.slice.Tensor, x, 2, 12, 24), s.call(ATEN.slice.Tensor, x, 2, 0, 12)], 2
     ),
+    "the place of the largest": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.argmax.default, x, -1, True)),
     "a constant": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.full.default, [8, 1, 24], 2.0)),
 }
 
@@ -287,6 +318,8 @@ def _square(s: Sketch, x: fx.Node) -> fx.Node:
 OVER_THE_BATCH = {
     "mean": lambda s, x: s.call(ATEN.sub.Tensor, x, s.call(ATEN.mean.dim, x, [0], True)),
     "softmax": lambda s, x: s.call(ATEN._softmax.default, x, 0, False),
+    "the place of the largest": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.argmax.default, x, 0, True)),
+    "the place of the largest of all": lambda s, x: s.call(ATEN.add.Tensor, x, s.call(ATEN.argmax.default, x)),
     "cumulative": lambda s, x: s.call(ATEN.cumsum.default, x, 0),
     "rolled": lambda s, x: s.call(
         ATEN.cat.default, [s.call(ATEN.slice.Tensor, x, 0, 4, 8), s.call(ATEN.slice.Tensor, x, 0, 0, 4)], 0

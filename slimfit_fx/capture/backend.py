@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from slimfit_fx.capture.call_stack import with_room
 from slimfit_fx.capture.captured import CapturedGraph
+from slimfit_fx.capture.loss_only import find_loss_only
 from slimfit_fx.capture.lower import add_gate_inputs, lower_plain, lower_with_inductor, lower_with_interpreter
 from slimfit_fx.capture.partitioner import PLAN_SINK, GatedPartitioner, GivesUp, PlanReady
-from slimfit_fx.capture.under_budget import UnderBudget
+from slimfit_fx.capture.under_budget import UnderBudget, ends_at_a_break
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
-from slimfit_fx.passes.simplify_masks import Masks, describe_masks, read_masks, simplify_masks
+from slimfit_fx.passes.simplify_masks import describe_masks, read_masks, simplify_masks
 from slimfit_fx.planning.budget import Budget, MemoryBudgetError
 from slimfit_fx.planning.dry_run import StepCode
 from slimfit_fx.planning.rows import GraphPlan
@@ -80,14 +81,16 @@ class SlimFitBackend:
                 sink.append(GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0))
                 return gm.forward if self.plan_only else lower_plain(gm, example_inputs, self.executor)
             captured.masks = read_masks(gm.graph)
+            if self.config.outputs == "loss":
+                captured.loss_only = find_loss_only(gm, breaks=ends_at_a_break())
             config, check = self.config, _no_check
             if self.under is not None:
                 config = self._under_budget(self.under, gm, example_inputs, layout, captured)
                 check = functools.partial(self.under.check, captured)
             partitioner = GatedPartitioner(config, layout, self.plan_only and not self.with_peak, self.gives_up)
-            captured.key = plan_key(gm.graph, example_inputs, f"{partitioner.uuid()}:{self._simplifies_masks()}")
-            compiled = self._lower(gm, example_inputs, partitioner, captured.codes, captured.masks, key=captured.key)
-            return bind_gates(compiled, layout, self._gates(), check)
+            captured.key = plan_key(gm.graph, example_inputs, self._key_of(partitioner, captured))
+            compiled = self._lower(gm, example_inputs, partitioner, captured, captured.codes, key=captured.key)
+            return captured.loss_only.filled(bind_gates(compiled, layout, self._gates(), check))
         except MemoryBudgetError:
             self._forget(captured)
             raise
@@ -120,16 +123,21 @@ class SlimFitBackend:
         assert table is not None, "the session of this model is gone"
         return table
 
+    def _key_of(self, partitioner: GatedPartitioner, captured: CapturedGraph) -> str:
+        """All that a plan depends on besides the graph."""
+        return f"{partitioner.uuid()}:{self._simplifies_masks()}:{len(captured.loss_only.left_out)}"
+
     def _simplifies_masks(self) -> bool:
         """Not under a preset that has the bits of torch.compile."""
         config = self.config
         return config.preset not in LOSSLESS_PRESETS and "simplify_masks" not in config.disabled_passes
 
     def _with_note(self, captured: CapturedGraph, plan: GraphPlan | None) -> GraphPlan | None:
-        told = describe_masks(captured.masks, dropped=self._simplifies_masks())
-        if plan is None or told is None:
+        masks = describe_masks(captured.masks, dropped=self._simplifies_masks())
+        told = [part for part in (masks, captured.loss_only.describe()) if part]
+        if plan is None or not told:
             return plan
-        return replace(plan, note="; ".join(filter(None, (plan.note, told))))
+        return replace(plan, note="; ".join(filter(None, (plan.note, *told))))
 
     def _say_if_checkpointed(self, gm: fx.GraphModule) -> None:
         checkpointed = torch.ops.higher_order.tag_activation_checkpoint
@@ -163,8 +171,8 @@ class SlimFitBackend:
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
         partitioner: GatedPartitioner,
+        captured: CapturedGraph,
         codes: list[StepCode],
-        masks: Masks,
         *,
         dry: bool = False,
         key: str = "",
@@ -172,7 +180,8 @@ class SlimFitBackend:
         layout = partitioner.layout
         extended = add_gate_inputs(gm, len(layout.params))
         if self._simplifies_masks():
-            simplify_masks(extended, masks)
+            simplify_masks(extended, captured.masks)
+        captured.loss_only.drop(extended)
         inputs = [*example_inputs, *(torch.tensor(True) for _ in layout.params)]
         if self.executor != "inductor":
             compiled = lower_with_interpreter(extended, inputs, partitioner, codes)
@@ -197,7 +206,7 @@ class SlimFitBackend:
         """
 
         def write_code(partitioner: GatedPartitioner, codes: list[StepCode]) -> object:
-            return self._lower(gm, example_inputs, partitioner, codes, captured.masks, dry=True)
+            return self._lower(gm, example_inputs, partitioner, captured, codes, dry=True)
 
         config = under.choose(captured, layout, example_inputs, write_code)
         if self.plan_only:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from slimfit_fx.capture.fit import SizeWatch
+from slimfit_fx.capture.loss_only import NOTHING_LEFT_OUT, LossOnly
 from slimfit_fx.config import Config
 from slimfit_fx.graph.joint import GateLayout
 from slimfit_fx.planning.budget import Judged
@@ -37,6 +38,8 @@ class CapturedGraph:
     """Inputs that another graph of the step computed."""
     masks: tuple[str | None, ...] = ()
     """What the mask of each attention says (passes/simplify_masks.py)."""
+    loss_only: LossOnly = NOTHING_LEFT_OUT
+    """Outputs that a training forward does not give."""
     codes: list[StepCode] = field(default_factory=list, repr=False)
     """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None

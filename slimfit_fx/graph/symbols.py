@@ -13,8 +13,11 @@ from slimfit_fx.graph import ops
 def free_symbols(node: fx.Node) -> set[object]:
     """Symbols in the sizes, strides and offset of a tensor; none for what is no tensor."""
     val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor):
-        return set()
+    return symbols_of_layout(val) if isinstance(val, torch.Tensor) else set()
+
+
+def symbols_of_layout(val: torch.Tensor) -> set[object]:
+    """Symbols in the sizes, strides and offset of a tensor."""
     return set().union(*(_symbols_of(s) for s in (*val.shape, *val.stride(), val.storage_offset())))
 
 

@@ -272,7 +272,9 @@ RULES: dict[str, Rule] = {
     "expand": _expand,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
-    **dict.fromkeys(("sum", "mean", "amax", "amin", "var_mean", "var", "any", "all", "logsumexp"), _reduce),
+    **dict.fromkeys(
+        ("sum", "mean", "amax", "amin", "argmax", "argmin", "var_mean", "var", "any", "all", "logsumexp"), _reduce
+    ),
     **dict.fromkeys(("_softmax", "_log_softmax", "split", "split_with_sizes", "slice", "cumsum"), _within),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _softmax_backward),
     **dict.fromkeys(("select", "unbind"), _select),

@@ -36,5 +36,14 @@ class Flow:
     """Whole values of which a tile reads its part only, and along which dimension."""
 
 
+def divides(node: fx.Node, flow: Flow, tiles: int) -> bool:
+    """Whether all that is cut can be cut into tiles of one size."""
+    vals = node.meta["val"] if isinstance(flow.result, tuple) else (node.meta["val"],)
+    states = flow.result if isinstance(flow.result, tuple) else (flow.result,)
+    results = [(v, s) for v, s in zip(vals, states, strict=True) if s is not None and s >= 0]
+    cut = [(n.meta["val"], along) for n, along in flow.slices.items()]
+    return all(v.shape[along] % tiles == 0 for v, along in results + cut)
+
+
 StateOf = Callable[[fx.Node], States]
 Rule = Callable[[fx.Node, StateOf], Flow | None]

@@ -47,10 +47,15 @@ def follow(node: fx.Node, state_of: StateOf) -> Flow | None:
 
 def tile_arguments(node: fx.Node, state: States, tiles: int) -> tuple[Any, ...]:
     """The arguments of ``node`` with the sizes that it has in a tile; ``state``: that of its result."""
-    name = ops.op_name(node)
-    if name not in _SIZED or not isinstance(state, int) or state < 0:
+    place = 0 if is_constant(node) else 1
+    if (place and ops.op_name(node) not in _SIZED) or not isinstance(state, int) or state < 0:
         return tuple(node.args)
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    sizes = list(node.args[place])  # type: ignore[arg-type]
     if sizes[state] != -1:
         sizes[state] //= tiles
-    return (node.args[0], sizes, *node.args[2:])
+    return (*node.args[:place], sizes, *node.args[place + 1 :])
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether all elements are one number: ``full(size, number)``."""
+    return ops.op_name(node) == "full" and not node.all_input_nodes

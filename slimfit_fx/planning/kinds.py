@@ -14,6 +14,8 @@ HUGE = 1e4
 
 _ACTIVATION_OPS = {"erf", "tanh", "gelu", "silu", "sigmoid", "relu", "leaky_relu", "elu"}
 _FUSED_ATTENTION = "_scaled_dot_product"
+_SUBTRACTED = 2
+"""What a softmax takes from its argument: the largest one, and the logarithm of the sum."""
 
 
 def mask_tainted(graph: fx.Graph) -> set[fx.Node]:
@@ -89,8 +91,29 @@ def _feeds_attention(node: fx.Node) -> bool:
     return False
 
 
-def _feeds_exp_in_backward(node: fx.Node) -> bool:
+def _feeds_exp(node: fx.Node) -> bool:
+    """Whether its exponential is taken, in forward or in backward."""
     return any(ops.op_name(u) == "exp" for u in _through_views(node))
+
+
+def is_given(node: fx.Node) -> bool:
+    """Whether it is an input (a parameter), or a view or a cast of one."""
+    casts = {"convert_element_type", "_to_copy"}
+    while node.op == "call_function" and (ops.is_view(node) or ops.op_name(node) in casts):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+def makes_logits(node: fx.Node) -> bool:
+    """Whether it is a product with a parameter of which a softmax is taken: ``exp(x - max(x) - log(sum))``."""
+    if not ops.is_matrix_product(node) or not any(is_given(i) for i in node.all_input_nodes):
+        return False
+    readers = [node]
+    for _ in range(_SUBTRACTED):
+        if any(_feeds_exp(reader) for reader in readers):
+            return True
+        readers = [u for reader in readers for u in _through_views(reader) if ops.op_name(u) == "sub"]
+    return any(_feeds_exp(reader) for reader in readers)
 
 
 def kind_of(node: fx.Node) -> str:
@@ -106,7 +129,7 @@ def kind_of(node: fx.Node) -> str:
         return "attention_probs"
     if _activation_near(node):
         return "gelu_input"
-    if _feeds_exp_in_backward(node):
+    if _feeds_exp(node) or makes_logits(node):
         return "exact"
     if _feeds_attention(node):
         return "attention_qkv"

@@ -21,7 +21,7 @@ from slimfit_fx.graph.joint import JointGraph, backward_closure, forward_needs, 
 from slimfit_fx.planning.borders import Blocks, find_blocks
 from slimfit_fx.planning.chances import chance_open, effective_gates
 from slimfit_fx.planning.decisions import Decision, refuse_codec, value_spec
-from slimfit_fx.planning.kinds import comes_from_softmax, kind_of, mask_tainted
+from slimfit_fx.planning.kinds import comes_from_softmax, is_given, kind_of, makes_logits, mask_tainted
 from slimfit_fx.planning.mincut import Cut, minimum_cut
 from slimfit_fx.planning.prices import Prices, inner_size
 from slimfit_fx.planning.roofline import node_flops
@@ -113,7 +113,7 @@ class Planner:
 
         What does not depend on it is shared.
         """
-        _ = self.blocks, self.needed_backward, self.spared_flops
+        _ = self.blocks, self.heads, self.needed_backward, self.spared_flops
         other = copy.copy(self)
         other.recompute, other.recompute_share, other.product_price = recompute, share, product_price
         vars(other).pop("early", None)
@@ -122,7 +122,21 @@ class Planner:
     @property
     def boundaries(self) -> frozenset[fx.Node]:
         """Values that are saved whatever they cost."""
-        return frozenset() if self.recompute == "cheap" else self.blocks.borders & self.early
+        borders = frozenset() if self.recompute == "cheap" else self.blocks.borders & self.early
+        return borders.union(self.heads.values())
+
+    @functools.cached_property
+    def heads(self) -> dict[fx.Node, fx.Node]:
+        """Products that make logits, and the smaller values that they are made of: logits are made again tile by tile.
+
+        They must be the same then, since the sums of their exponentials are saved: what they are made of is saved as it
+        is. A user output is alive anyway, and without tiles all of them would come back at once.
+        """
+        if self.batch_cut is None:
+            return {}
+        made = [n for n in self.forward if makes_logits(n) and n not in self.user_outputs]
+        read = [(n, ops.view_base(i)) for n in made for i in n.all_input_nodes if not is_given(i)]
+        return {n: i for n, i in read if nbytes(i) < nbytes(n)}
 
     @functools.cached_property
     def blocks(self) -> Blocks:
@@ -222,6 +236,8 @@ class Planner:
             return Decision("small", None, f"smaller than {self.min_bytes} bytes")
         if ops.is_random(node):
             return Decision("exact", None, "random numbers")
+        if node in self.heads.values():
+            return Decision("exact", None, "logits are made again from it, and must be the same")
         kind = kind_of(node)
         if kind == "exact":
             return Decision(kind, None, "must stay exact: integers, or read by exp in backward")
@@ -358,6 +374,8 @@ class Planner:
         return self.prices.operator_ms(node) * (1.0 if ops.is_matrix_product(node) else self.chance(node))
 
     def _discount(self, node: fx.Node) -> float:
+        if node in self.heads:
+            return _BLOCKS_PRODUCT_DISCOUNT
         if self._level_of(node) != "blocks":
             return self.product_price if ops.is_matrix_product(node) else 1.0
         return _BLOCKS_PRODUCT_DISCOUNT if ops.is_matrix_product(node) else _BLOCKS_DISCOUNT
@@ -370,7 +388,7 @@ class Planner:
         if not ops.is_matrix_product(node):
             # a decision that is asked again of a decoded value could be answered otherwise
             return ops.is_cheap(node) and not ops.is_decision(node)
-        if self._level_of(node) == "blocks":
+        if self._level_of(node) == "blocks" or node in self.heads:
             return True
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
