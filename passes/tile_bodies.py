@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 
 import slimfit_fx.runtime.parts  # noqa: F401  (registers the operator)
 from slimfit_fx.graph.canonical import graph_text, value_text
+from slimfit_fx.graph.joint import nbytes
 from slimfit_fx.graph.retrace import survives_pickling
 from slimfit_fx.graph.tile_states import EACH, SUM, State, States
 from slimfit_fx.graph.tiling import is_constant, tile_arguments
@@ -21,6 +22,9 @@ from slimfit_fx.passes.tile_stretches import COND, Stretch, Stretches, follow_br
 
 GHOST = torch.ops.slimfit_fx.ghost.default
 PUT_PART = torch.ops.slimfit_fx.put_part.default
+ADD_PART = torch.ops.slimfit_fx.add_part.default
+ADDED_AT_ONCE = 1 << 20
+"""Bytes: sums over tiles of no more are added up in one kernel behind the last tile."""
 
 
 def tiled_body(body: fx.GraphModule, found: Stretches, stretch: Stretch) -> fx.GraphModule:
@@ -111,6 +115,9 @@ class _Builder:
             start = number * made.meta["val"].shape[state]
             put = self._graph.call_function(PUT_PART, (self._env[result], made, state, start))
             put.meta = {"val": None}
+        elif state == SUM and number and self._found.gate(result) is None and nbytes(made) > ADDED_AT_ONCE:
+            add = self._graph.call_function(ADD_PART, (self._env[result], made))
+            add.meta = {"val": None}
         elif state == SUM and number:
             self._env[result] = self._added(result, self._env[result], made)
         elif not number:

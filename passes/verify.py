@@ -21,7 +21,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, owner
 from slimfit_fx.passes.saved import Seam
-from slimfit_fx.passes.tile_bodies import PUT_PART
+from slimfit_fx.passes.tile_bodies import ADD_PART, PUT_PART
 
 STASH = torch.ops.slimfit_fx.stash.default
 GHOST = torch.ops.slimfit_fx.ghost.default
@@ -295,6 +295,21 @@ def rule_parts_make_up_the_whole(seam: Seam) -> Iterator[str]:
                 yield f"parts of {room.name} are of other sizes"
 
 
+def rule_sums_are_complete_when_they_are_read(seam: Seam) -> Iterator[str]:
+    """What tiles are added to is what the first of them gave, and nobody else reads it before the last is added."""
+    for body in {body for _, body in _all_calls(seam)}:
+        places = {node: place for place, node in enumerate(body.graph.nodes)}
+        adds = body.graph.find_nodes(op="call_function", target=ADD_PART)
+        last = {add.args[0]: places[add] for add in adds}
+        for add in adds:
+            total, part = add.args
+            if not (ops.is_getitem(total) and _layout(total.meta["val"]) == _layout(part.meta["val"])):
+                yield f"{add.name} does not add to what a tile of its like gave"
+        for total, place in last.items():
+            if any(places[user] < place for user in total.users if user.target is not ADD_PART):
+                yield f"{total.name} is read before all tiles are added to it"
+
+
 def rule_parts_are_handed_over_in_order(seam: Seam) -> Iterator[str]:
     """What a block takes in parts comes as all parts of one value, in their order; so does what is joined of parts."""
     bodies = dict(_all_calls(seam))
@@ -390,6 +405,7 @@ SEAM_RULES: dict[str, tuple[SeamRule, ...]] = {
         rule_graphs_lint,
         rule_blocks_lint,
         rule_parts_make_up_the_whole,
+        rule_sums_are_complete_when_they_are_read,
         rule_parts_are_handed_over_in_order,
         rule_blocks_are_called_alike,
         rule_blocks_return_memory_of_their_own,

@@ -19,7 +19,7 @@ from slimfit_fx.passes.insert_codecs import ENCODED
 from slimfit_fx.passes.insert_gates import ANY_OPEN, CONE, GATE, GATES, RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE
 from slimfit_fx.passes.saved import Seam
-from slimfit_fx.passes.tile_bodies import PUT_PART
+from slimfit_fx.passes.tile_bodies import ADD_PART, PUT_PART
 from slimfit_fx.passes.verify import COND, STASH
 
 
@@ -517,6 +517,33 @@ def part_is_written_along_another_dimension(seam: Seam) -> bool:
 def part_is_not_written(seam: Seam) -> bool:
     for put in _puts(seam)[-1:]:
         put.graph.erase_node(put)
+        return True
+    return False
+
+
+def _adds(seam: Seam) -> list[fx.Node]:
+    """What adds a tile's part of a sum, in one block."""
+    for _, body in _blocks(seam):
+        if adds := body.graph.find_nodes(op="call_function", target=ADD_PART):
+            return adds
+    return []
+
+
+@breaks(verify.rule_sums_are_complete_when_they_are_read, "outlined", "is read before all tiles are added to it")
+def sum_is_read_too_early(seam: Seam) -> bool:
+    for add in _adds(seam)[:1]:
+        with add.graph.inserting_before(add):
+            early = add.graph.call_function(ATEN.neg.default, (add.args[0],))
+        early.meta = dict(add.args[0].meta)
+        return True
+    return False
+
+
+@breaks(verify.rule_sums_are_complete_when_they_are_read, "outlined", "does not add to what a tile of its like gave")
+def sum_begins_with_an_operand(seam: Seam) -> bool:
+    for add in _adds(seam)[:1]:
+        operand = next(iter(add.graph.find_nodes(op="placeholder")))
+        add.args = (operand, add.args[1])
         return True
     return False
 

@@ -283,7 +283,7 @@ LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
 if _has_experts():
     LAYERS |= {"experts": lambda w, d: Experts(w), "turned experts": lambda w, d: Residual(Experts(w, turned=True))}
 
-HEADS = ("logits", "loss", "tied to the embedding", "several outputs", "intermediate too")
+HEADS = ("logits", "loss", "tied to the embedding", "several outputs", "intermediate too", "loss and logits")
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,8 @@ class Model(nn.Module):
             return logits, early, late
         if self.spec.head == "logits":
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits, "late": late} if self.spec.head == "loss and logits" else loss
 
 
 def build(spec: Spec) -> nn.Module:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import pytest
 import torch
+from effort import examples
+from graphs import unequal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import optimized, step
 from small_models import BATCH, LENGTH, VOCABULARY, WIDTH, Tiny, tokens
+from strategies import build, inputs, specs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,6 +168,25 @@ def test_what_the_setting_may_be():
         slimfit_fx.Config(outputs="logits")
     with pytest.raises(TypeError, match="outputs must be a string"):
         slimfit_fx.Config(outputs=True)
+
+
+@settings(max_examples=examples(15))
+@given(spec=specs(), seed=st.integers(0, 2**16))
+def test_any_model_has_the_same_gradients(spec, seed):
+    """Of its loss, under preset exact, whatever is closed, whatever sizes and breaks it has."""
+    spec, found = dataclasses.replace(spec, head="loss and logits"), []
+    for outputs in ("all", "loss"):
+        torch._dynamo.reset()
+        chosen = {"preset": "exact", "units": spec.is_unit, "freeze_rate": 0.5, "seed": seed, "min_bytes": 0}
+        model, session = optimized(build(spec), outputs=outputs, dynamic=spec.dynamic, **chosen)
+        torch.manual_seed(seed)
+        with spec.context():
+            outs = model(*inputs(spec))
+        outs["loss"].backward()
+        assert (outs["logits"].device.type == "meta") is (outputs == "loss")
+        assert outs["logits"].shape == (spec.batch, spec.length, len(model.head.weight))
+        found.append([outs["loss"].detach(), *(param.grad for param in model.parameters())])
+    assert unequal(*found) == []
 
 
 @pytest.mark.inductor

@@ -24,13 +24,13 @@ from slimfit_fx.graph import ops
 from slimfit_fx.graph.tile_states import SUM, Flow
 from slimfit_fx.graph.tiling import follow
 from slimfit_fx.passes import outline_repeats as outlined_
-from slimfit_fx.passes import tile_stretches
+from slimfit_fx.passes import tile_bodies, tile_stretches
 from slimfit_fx.passes.hand_over_parts import hand_over_parts
 from slimfit_fx.passes.insert_gates import RELEASE
 from slimfit_fx.passes.outline_repeats import INVOKE, outline_repeats
 from slimfit_fx.passes.saved import Seam
 from slimfit_fx.passes.tile_blocks import Tiled, tile_blocks
-from slimfit_fx.passes.tile_bodies import PUT_PART
+from slimfit_fx.passes.tile_bodies import ADD_PART, PUT_PART
 from slimfit_fx.passes.tile_choices import blocks_of, choose
 from slimfit_fx.passes.verify import verify_seam
 from slimfit_fx.runtime.ghosts import is_ghost
@@ -151,6 +151,21 @@ def test_gradients_of_weights_add_up_behind_their_gates():
     for closed in ([], names[::2], names[1::2], names):
         expected, found = run_pair(seam, closed=closed)[1], run_tiles(copied, closed=closed)[1]
         assert nearly_equal(expected, found)
+
+
+def test_large_sums_that_no_gate_closes_are_added_in_place(monkeypatch):
+    """Else what every tile gave waits for the last one: a compiler makes one kernel of all additions."""
+    monkeypatch.setattr(tile_bodies, "ADDED_AT_ONCE", 0)
+    seam = pair_of(Tiny(depth=4, dropout=0.0), tokens(batch=8), units=["*up*"], recompute="blocks")
+    copied, _ = tiled(seam)
+    body = max((part for _, part in copied.backward.named_children()), key=lambda part: len(part.graph.nodes))
+    (tile,) = tiles_of(body)
+    (adds,) = {len(body.graph.find_nodes(op="call_function", target=ADD_PART))}
+    count = len(calls(body.graph, INVOKE))
+    assert adds and adds % (count - 1) == 0 and len(tile.graph.output_node().args[0]) > adds // (count - 1)
+    user, grads = run_pair(seam)
+    user_tiled, grads_tiled = run_tiles(copied)
+    assert nearly_equal(user, user_tiled) and nearly_equal(grads, grads_tiled)
 
 
 def test_results_that_share_what_may_be_a_ghost_do_not_both_leave_a_tile():
@@ -501,6 +516,8 @@ def test_any_model_computes_the_same_in_tiles(data, seed, least):
     seam = pair_of(build(spec), inputs(spec), recompute=level, units=spec.is_unit, min_bytes=0)
     chance = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(tile_bodies, "ADDED_AT_ONCE", 0)
         if data.draw(st.booleans()):
             patch.setattr(tile_stretches, "_most_alive", lambda *_: chance.random())
         copied, _ = tiled(seam, least, in_parts=data.draw(st.booleans()))

@@ -16,7 +16,7 @@ from small_models import Tiny, tokens
 from strategies import build, inputs, specs
 
 from slimfit_fx.graph import batch
-from slimfit_fx.passes import tile_stretches, verify
+from slimfit_fx.passes import tile_bodies, tile_stretches, verify
 from slimfit_fx.passes.verify import JOINT_RULES, SEAM_RULES, IllegalGraphError, verify_joint, verify_seam
 
 LAST_PASS = {
@@ -44,6 +44,7 @@ def legal() -> dict[str, Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_stretches, "WORTH", 1e9)
         patch.setattr(batch, "LEAST_FLOPS", {"cpu": 1})
+        patch.setattr(tile_bodies, "ADDED_AT_ONCE", 0)
         in_tiles = {"tiles": True, "recompute": "blocks"}  # blocks that hand each other parts
         layers = stopped_after(LAST_PASS["outlined"], Tiny(depth=6), tokens(), executor="inductor", **in_tiles)
     return {**graphs, "outlined": layers}

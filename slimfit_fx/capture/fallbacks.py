@@ -36,7 +36,7 @@ def register_fallbacks() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     ops = torch.ops.slimfit_fx
-    ours = (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost, ops.put_part)
+    ours = (ops.hold, ops.release, ops.laid_out, ops.stash, ops.any_open, ops.ghost, ops.put_part, ops.add_part)
     for op in (*ours, ops.grouped_weight_gradient):
         if op.default not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op.default, with_default=True))
