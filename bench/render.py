@@ -128,6 +128,7 @@ def page(folder: Path) -> str:
         twelve.headline_section(folder),
         _trainer_section(folder),
         _front_section(folder),
+        sections.language_section(folder),
         sections.host_time_section(folder),
         _compile_section(folder),
         _peaks_section(folder),

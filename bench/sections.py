@@ -41,6 +41,32 @@ def lossless_section(folder: Path) -> str:
     return "\n\n".join(["## Recompute without loss", said, *parts]) if parts else ""
 
 
+def language_section(folder: Path) -> str:
+    """What a step of a language model with many words takes above parameters and optimizer state."""
+    parts = []
+    for path in sorted(folder.glob("memory-llama-*-emulated.json")):
+        document = json.loads(path.read_text())
+        results = {name: row for name, row in document["results"].items() if "worst" in row}
+        peaks = {name: row["worst"]["peak_bytes"] for name, row in results.items()}
+        rows = [
+            [f"`{name}`", size / 1e9, results[name]["worst"]["grad_bytes"] / 1e9, peaks["eager"] / size,
+             len(results[name]["steps"]), results[name]["recompiles"]]
+            for name, size in sorted(peaks.items(), key=lambda pair: -pair[1])
+        ]  # fmt: skip
+        case = document["case"]
+        heads = [
+            f"Llama, {case['layers']} layers, {case['vocab']:,} words, {case['batch']} x {case['length']} tokens, "
+            f"{case['dtype']}",
+            "step peak GB", "gradients of it", "smaller than eager", "steps", "recompiles",
+        ]  # fmt: skip
+        parts += [_table(rows, heads, ("", ".2f", ".2f", ".2f", "", "")), *machines([document])]
+    said = (
+        "**Emulated**: the peak of a step above parameters and optimizer state, the worst of the steps, at a freeze\n"
+        'rate of 0.9 under ILS. `-loss`: `outputs="loss"`, so that logits are never held; `-open`: every gate open.'
+    )
+    return "\n\n".join(["## A language model", said, *parts]) if parts else ""
+
+
 def host_time_section(folder: Path) -> str:
     """How long a process needs to issue a step to a GPU."""
     parts = []

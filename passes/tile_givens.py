@@ -19,7 +19,7 @@ from torch import fx
 from slimfit_fx.graph import ops
 from slimfit_fx.graph.batch import Batch
 from slimfit_fx.graph.joint import nbytes
-from slimfit_fx.graph.tile_states import Flow, State, States, divides
+from slimfit_fx.graph.tile_states import Flow, State, divides
 from slimfit_fx.graph.tiling import follow
 
 _OURS = "slimfit_fx::"
@@ -31,7 +31,7 @@ class MadeInTiles:
 
     along: int
     slices: Mapping[fx.Node, int]
-    """Of what it reads from outside: the dimensions along which that is cut."""
+    """What of it is read as a part: along which dimension, if a tile does not make it as well."""
 
 
 def made_in_tiles(
@@ -58,7 +58,7 @@ def _could_be_made(nodes: Sequence[fx.Node], batch: Batch, tiles: int) -> dict[f
     """
     could: dict[fx.Node, MadeInTiles] = {}
 
-    def state_of(value: fx.Node) -> States:
+    def state_of(value: fx.Node) -> State:
         return could[value].along if value in could else _guessed(value, batch)
 
     for node in nodes:
@@ -72,8 +72,8 @@ def _could_be_made(nodes: Sequence[fx.Node], batch: Batch, tiles: int) -> dict[f
         flow = follow(node, state_of)
         if flow is None or not isinstance(flow.result, int) or flow.result < 0:
             continue
-        begins = {value: _guessed(value, batch) for value in arguments if value not in could}
-        slices = {**{value: along for value, along in begins.items() if along is not None}, **flow.slices}
+        states = {value: state_of(value) for value in arguments}
+        slices = {**{value: along for value, along in states.items() if along is not None}, **flow.slices}
         if divides(node, Flow(flow.result, slices), tiles):
             could[node] = MadeInTiles(flow.result, slices)
     return could

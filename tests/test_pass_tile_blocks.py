@@ -274,6 +274,25 @@ def test_a_tile_makes_its_part_of_what_is_made_of_inputs(monkeypatch):
     assert nearly_equal(plain(*values), module(*values))
 
 
+def test_what_is_read_as_a_whole_as_well_is_cut_for_what_a_tile_makes_of_it(monkeypatch):
+    """It stands in memory anyway; what is made of it does not."""
+    monkeypatch.setattr(tile_stretches.Stretches, "_unfused", lambda *_: 0)
+
+    def mix(s: Sketch, x: fx.Node) -> fx.Node:
+        token = _signs(s, 8, 4, 1)
+        wide = s.call(ATEN.neg.default, s.call(ATEN.expand.default, token, [8, 4, 24]))
+        mean = s.call(ATEN.mean.dim, wide, [0, 1, 2])
+        made = s.call(ATEN.exp.default, s.call(ATEN.mul.Tensor, wide, token))
+        return s.call(ATEN.gelu.default, s.call(ATEN.mul.Tensor, s.call(ATEN.mul.Tensor, x, made), mean))
+
+    plain, module = layers(mix), layers(mix)
+    assert outline_repeats(module) and alone(module).calls > 0
+    (tile,) = tiles_of(getattr(module, next(iter(blocks_of(module)))))
+    assert calls(tile.graph, ATEN.exp.default) and not calls(tile.graph, ATEN.neg.default)
+    values = [torch.randn(*n.meta["val"].shape) for n in plain.graph.find_nodes(op="placeholder")]
+    assert nearly_equal(plain(*values), module(*values))
+
+
 def test_what_would_stand_in_memory_only_for_tiles_counts(monkeypatch):
     """What something reads that is not in tiles is made before them, and tiles do not pay if it is large."""
     monkeypatch.setattr(tile_stretches, "WORTH", 0.9)
