@@ -12,9 +12,12 @@ THOROUGH = os.environ.get("SLIMFIT_FX_THOROUGH", "0") not in ("", "0")
 """Run tests marked ``thorough``, and all examples of the property tests that train models."""
 
 
-def examples(count: int) -> int:
-    """How many of ``count`` examples are drawn: a sixth of them unless everything is asked for."""
-    return count if THOROUGH else -(-count // 6)
+def examples(count: int, share: int = 6) -> int:
+    """How many of ``count`` examples are drawn: one in ``share`` of them unless everything is asked for.
+
+    A larger ``share`` is for tests whose examples take seconds each.
+    """
+    return count if THOROUGH else -(-count // share)
 
 
 def first(values: Iterable[Any], count: int = 1) -> list[Any]:

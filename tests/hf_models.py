@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from effort import THOROUGH
 from torch import Tensor, nn
 
-WIDTH, LAYERS, HEADS, WIDE, VOCABULARY = 32, 2, 2, 64, 97
+WIDTH, LAYERS, HEADS, WIDE, VOCABULARY = 32, 2 if THOROUGH else 1, 2, 64, 97
 BATCH, LENGTH, PIXELS = 4, 16, 32
 
 _TEXT = {
@@ -44,7 +45,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 64,
         },
     ),
-    "albert": ("classify", {**_TEXT, "embedding_size": 16}),
+    "albert": ("classify", {**_TEXT, "num_hidden_layers": 2, "embedding_size": 16}),  # which share their weights
     "electra": ("classify", {**_TEXT, "embedding_size": 16}),
     "deberta-v2": (
         "classify",
@@ -65,7 +66,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("causal", _DECODER),
     "qwen2": ("causal", _DECODER),
     "mixtral": ("causal", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gemma2": ("causal", {**_DECODER, "head_dim": 16, "sliding_window": 8}),
+    "gemma2": ("causal", {**_DECODER, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 8}),
     "t5": (
         "translate",
         {

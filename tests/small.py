@@ -1,4 +1,4 @@
-"""A model that is small enough to be planned many times in one test, and still has what presets differ in."""
+"""Models that are small enough to be planned many times in one test; one still has what presets differ in."""
 
 from __future__ import annotations
 
@@ -25,3 +25,19 @@ def small_batch(batch: int = 24, length: int = 48) -> tuple[Tensor, Tensor]:
     """Tokens (batch, length) and labels (batch,), int64."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(100, (batch, length), generator=generator), torch.randint(5, (batch,), generator=generator)
+
+
+class Smaller(nn.Module):
+    """Two layers with a GELU between them: code for its kernels is written within a second or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(16, 128), nn.Linear(128, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(F.gelu(self.up(x))), labels)
+
+
+def smaller_batch(count: int) -> tuple[Tensor, Tensor]:
+    """Vectors (count, 16) and labels (count,)."""
+    return torch.zeros(count, 16), torch.zeros(count, dtype=torch.long)

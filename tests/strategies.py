@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from effort import THOROUGH
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 17
+MOST_LAYERS = 4 if THOROUGH else 3
+"""Of the models that are drawn, before any of their layers is repeated."""
 
 
 class Attention(nn.Module):
@@ -389,7 +392,7 @@ def specs(
     draw: st.DrawFn,
     *,
     sizes: tuple[str, ...] = ("static", "static", "static", "batch", "all"),
-    max_layers: int = 4,
+    max_layers: int = MOST_LAYERS,
     repeats: tuple[int, ...] = (1, 1, 3),
 ) -> Spec:
     """Small valid models, some of identical blocks; shrinks towards one linear layer with static sizes.

@@ -59,7 +59,7 @@ def predicted_events(session: Session) -> list[int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(25, share=9))
 @given(
     spec=specs(**SMALLER),
     head=st.sampled_from(("loss", "tied to the embedding")),

@@ -183,7 +183,7 @@ def test_a_level_that_saves_nothing_is_dropped():
     assert shrink(None, level("blocks", math.inf, 0.0), level("cheap", math.inf, 0.0)) is None, "nothing was planned"
 
 
-def post_norm(depth: int = 5) -> nn.Module:
+def post_norm(depth: int) -> nn.Module:
     """What passes on from block to block comes from a norm behind a wide product."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -217,9 +217,11 @@ def test_blocks_are_cut_where_the_least_runs_again():
     """The wide product before the last norm of a block is spared (the last block may be cut in two), for two numbers
     per row."""
     ids = tokens(batch=8)[0]
-    bench = stopped_after("split_joint", post_norm(), (ids, torch.ones_like(ids)), recompute="blocks", preset="exact")
+    bench = stopped_after(
+        "split_joint", post_norm(depth=3), (ids, torch.ones_like(ids)), recompute="blocks", preset="exact"
+    )
     shapes = again(bench)
-    assert shapes.count((256, 1024)) == 5 and shapes.count((1024, 256)) <= 1
+    assert shapes.count((256, 1024)) == 3 and shapes.count((1024, 256)) <= 1
 
 
 def test_no_codec_touches_where_blocks_run_again_what_it_must_not_touch():
@@ -245,7 +247,7 @@ def test_no_codec_touches_where_blocks_run_again_what_it_must_not_touch():
 @pytest.mark.parametrize(("freeze_rate", "paid"), [(0.9, True), pytest.param(0.2, False, marks=pytest.mark.thorough)])
 def test_the_plan_says_what_was_chosen_beyond_cheap_work(freeze_rate, paid):
     config = Config(preset="exact", recompute="auto", freeze_rate=freeze_rate, min_bytes=0)
-    plan = slimfit_fx.plan(Tiny(depth=6), *tokens(batch=8), config=config)
+    plan = slimfit_fx.plan(Tiny(depth=4), *tokens(batch=8), config=config)
     found = [note.partition(",")[0] for note in plan.notes if "recompute" in note]
     assert len(found) == paid
     assert all(re.fullmatch(r'graph 0: recompute "auto": (products|blocks)', one) for one in found)
@@ -255,7 +257,7 @@ def test_the_plan_says_what_was_chosen_beyond_cheap_work(freeze_rate, paid):
 
 def test_the_plan_says_in_how_many_of_the_blocks():
     ids = tokens(batch=64)[0]
-    plan = slimfit_fx.plan(post_norm(depth=6), ids, torch.ones_like(ids), config=Config(recompute="auto", min_bytes=0))
+    plan = slimfit_fx.plan(post_norm(depth=4), ids, torch.ones_like(ids), config=Config(recompute="auto", min_bytes=0))
     (note,) = (n for n in plan.notes if "recompute" in n)
     assert re.search(r'"auto": \w+ in the first \d+%, \d+% of the operations', note)
 
@@ -300,8 +302,8 @@ def test_what_was_left_survives_json_and_is_summed_over_graphs():
 
 
 def test_gradients_are_the_same_bits():
-    model, session = optimized(Tiny(depth=6), preset="exact", freeze_rate=0.9, min_bytes=0, recompute="auto")
-    reference = Tiny(depth=6)
+    model, session = optimized(Tiny(depth=4), preset="exact", freeze_rate=0.9, min_bytes=0, recompute="auto")
+    reference = Tiny(depth=4)
     expected_loss, expected = step(compile_reference(reference), reference, tokens())
     loss, grads = step(model, model, tokens())
     assert equal_bits(expected_loss, loss)

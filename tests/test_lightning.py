@@ -160,7 +160,7 @@ def test_a_resumed_run_equals_the_run_without_a_stop(tmp_path):
     third.fit(Module(by_itself=True), loader())
     third.save_checkpoint(tmp_path / "bare.ckpt")
     with pytest.warns(RuntimeWarning, match="saved without SlimFitLightning and holds no schedule"):
-        trainer(tmp_path, SlimFitLightning("net", **SETTINGS), max_epochs=2).fit(
+        trainer(tmp_path, SlimFitLightning("net", **SETTINGS), max_epochs=1).fit(
             Module(), loader(), ckpt_path=tmp_path / "bare.ckpt", weights_only=False
         )
     assert slimfit_fx.session(again.net).state_dict() == slimfit_fx.session(whole.net).state_dict()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from small import Small, small_batch
+from small import Small, Smaller, small_batch, smaller_batch
 
 import slimfit_fx
 from slimfit_fx.config import Config
@@ -69,16 +69,16 @@ def test_plans_whose_saved_values_alone_are_too_much_cost_no_dry_run():
 @pytest.mark.usefixtures("cheap_only")
 def test_the_largest_batch_fits_and_the_next_does_not():
     settings = {"preset": "exact", "freeze_rate": 0.6}
-    found = slimfit_fx.max_batch(Small(), small_batch(3, 16), 3_000_000, **settings)
-    assert found.peak_bytes <= found.budget_bytes == 3_000_000 < found.next_peak_bytes
+    found = slimfit_fx.max_batch(Smaller(), smaller_batch(3), 300_000, **settings)
+    assert found.peak_bytes <= found.budget_bytes == 300_000 < found.next_peak_bytes
     assert found.batched == ("argument 0", "argument 1") and found.dry_runs <= 8
     assert found.plan.peak is not None and json.loads(json.dumps(found.to_dict()))["batch"] == found.batch
     assert f"largest batch: {found.batch} (argument 0, argument 1: first dimension)" in str(found)
 
-    plan = slimfit_fx.plan(Small(), *small_batch(found.batch, 16), memory_budget=3_000_000, **settings)
+    plan = slimfit_fx.plan(Smaller(), *smaller_batch(found.batch), memory_budget=300_000, **settings)
     assert plan.peak == found.plan.peak, "optimize takes the plan that was found"
     with pytest.raises(slimfit_fx.MemoryBudgetError) as error:
-        slimfit_fx.plan(Small(), *small_batch(found.batch + 1, 16), memory_budget=3_000_000, **settings)
+        slimfit_fx.plan(Smaller(), *smaller_batch(found.batch + 1), memory_budget=300_000, **settings)
     assert error.value.smallest_bytes == found.next_peak_bytes
 
 

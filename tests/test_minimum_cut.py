@@ -170,7 +170,7 @@ import slimfit_fx
 torch.set_num_threads(1)
 for preset, recompute in zip(sys.argv[2::2], sys.argv[3::2]):
     settings = {"preset": preset, "recompute": recompute, "min_bytes": 0, "freeze_rate": 0.9}
-    bench = stopped_after("outline_repeats", Tiny(depth=3), tokens(), executor="inductor", **settings)
+    bench = stopped_after("outline_repeats", Tiny(depth=2), tokens(), executor="inductor", **settings)
     print(*texts(bench.work), sep="\\n")
 if sys.argv[1] == "plan":
     print(slimfit_fx.plan(Tiny(depth=3), *tokens(), config=slimfit_fx.Config(**settings)).to_json())

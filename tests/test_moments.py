@@ -75,7 +75,7 @@ def largest_difference(one: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "kind"), first([("ils", AdamW), ("round_robin", Adam), *(("random", kind) for kind in ADAMS)], 3)
+    ("scheduler", "kind"), first([("ils", AdamW), ("round_robin", Adam), *(("random", kind) for kind in ADAMS)], 2)
 )
 def test_a_step_is_one_with_other_settings_for_units(scheduler, kind):
     def make(params: Any) -> Optimizer:
@@ -91,7 +91,7 @@ def test_a_step_is_one_with_other_settings_for_units(scheduler, kind):
         assert not same_weights(model, by_hand(make, session, times, 1.0))
 
 
-@pytest.mark.parametrize("way", ["foreach", "fused", "amsgrad"])
+@pytest.mark.parametrize("way", first(["fused", "foreach", "amsgrad"]))
 def test_every_way_of_adamw(way):
     def make(params: Any) -> Optimizer:
         return AdamW(params, lr=1e-2, **{way: True})
@@ -102,7 +102,8 @@ def test_every_way_of_adamw(way):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"moments": "updates", "catch_up": 0}, {"preset": "paper"}, {"scheduler": "none"}, {"freeze_rate": 0.0}]
+    "changes",
+    first([{"preset": "paper"}, {"moments": "updates", "catch_up": 0}, {"scheduler": "none"}, {"freeze_rate": 0.0}], 2),
 )
 def test_the_users_settings_hold_for_all(changes):
     model, session = model_of(**changes)

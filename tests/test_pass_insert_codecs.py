@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from effort import first
 from graphs import ATEN, Bench, Chain, Sketch, chain_input, names, run_pair, stopped_after, texts, unequal
 from reference import cosine
 from small_models import Tiny, tokens
@@ -283,17 +284,20 @@ def sizes(bench: Bench) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "codecs", "least"),
-    [
-        ("balanced", {}, 0.999),
-        ("max", {}, 0.98),
-        ("paper", {}, 0.98),
-        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int8-sr"), 0.999),
-        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int4-sr"), 0.98),
-        ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int2-sr"), 0.9),
-        ("balanced", {"float": "topk", "normalised": "topk"}, 0.7),
-        ("balanced", {"gelu_input": "fixed_gelu4"}, 0.98),
-    ],
-    ids=["balanced", "max", "paper", "int8-sr", "int4-sr", "int2-sr", "topk", "fixed_gelu4"],
+    first(
+        [
+            ("max", {}, 0.98),
+            ("paper", {}, 0.98),
+            ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int2-sr"), 0.9),
+            ("balanced", {}, 0.999),
+            ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int8-sr"), 0.999),
+            ("balanced", dict.fromkeys(FALLBACK.keys() - {"mask"}, "int4-sr"), 0.98),
+            ("balanced", {"float": "topk", "normalised": "topk"}, 0.7),
+            ("balanced", {"gelu_input": "fixed_gelu4"}, 0.98),
+        ],
+        3,
+    ),
+    ids=["max", "paper", "int2-sr", "balanced", "int8-sr", "int4-sr", "topk", "fixed_gelu4"],
 )
 def test_forward_is_untouched_and_gradients_are_close(preset, codecs, least):
     bench = split(Tiny(depth=1), tokens(), preset=preset, codecs=codecs)

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from effort import examples, first
 from graphs import (
     ATEN,
     Sketch,
@@ -280,7 +281,7 @@ def outlined(depth: int, preset: str) -> tuple[Seam, Seam]:
     return before, after
 
 
-@pytest.mark.parametrize("preset", ["exact", "balanced", pytest.param("max", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("preset", first(["balanced", "exact", "max"]))
 def test_a_model_outlined_gives_the_same_bits_whatever_the_gates(preset):
     before, after = outlined(4, preset)
     verify_seam("outlined", after)
@@ -295,11 +296,11 @@ def test_a_model_outlined_gives_the_same_bits_whatever_the_gates(preset):
 
 def test_what_is_compiled_does_not_grow_with_depth():
     sizes = {}
-    for depth in (4, 6):
+    for depth in (4, 5):
         seam = outlined(depth, "balanced")[1]
         bodies = [part for m in (seam.forward, seam.backward) for _, part in m.named_children()]
         sizes[depth] = sum(len(p.graph.nodes) for p in bodies), len(calls(seam.backward.graph, INVOKE))
-    assert sizes[4][0] == sizes[6][0] and sizes[6][1] == sizes[4][1] + 2
+    assert sizes[4][0] == sizes[5][0] and sizes[5][1] == sizes[4][1] + 1
 
 
 def test_written_out_again_it_is_the_graph_it_was():
@@ -342,7 +343,7 @@ def operation(s: Sketch, kind: int, a: fx.Node, b: fx.Node) -> fx.Node:
     return s.call(ATEN.sigmoid.default, a) if kind == 3 else s.call(ATEN._unsafe_view.default, a, [4, 4])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150, share=3))
 @given(stacks(), st.lists(st.integers(0, 40), max_size=6), st.booleans())
 def test_any_stack_computes_the_same(drawn, returned, spare_kernels):
     recipe, depth = drawn
@@ -464,14 +465,26 @@ def test_blocks_are_handed_their_seeds_as_views():
     assert own.args[1] == 5
 
 
+class Dropping(nn.Module):
+    """Four layers with a dropout each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + nn.functional.dropout(layer(x).tanh(), 0.3)
+        return x.square().mean()
+
+
 @pytest.mark.inductor
 def test_dropout_is_the_same_in_blocks_and_out_of_them():
     torch.manual_seed(0)
     found = []
     for disabled in ((), ("outline_repeats",)):
-        model, _ = optimized(
-            Tiny(depth=4, dropout=0.3), preset="exact", executor="inductor", freeze_rate=0.0, disabled_passes=disabled
-        )
-        found.append(step(model, model, tokens(), seed=3))
+        model, _ = optimized(Dropping(), preset="exact", executor="inductor", freeze_rate=0.0, disabled_passes=disabled)
+        found.append(step(model, model, (torch.randn(4, 8, generator=torch.Generator().manual_seed(1)),), seed=3))
     (loss, grads), (expected, expected_grads) = found
     assert torch.equal(loss, expected) and all(torch.equal(grads[name], expected_grads[name]) for name in grads)

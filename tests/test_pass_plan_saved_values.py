@@ -286,11 +286,11 @@ EIGHT_FOR_UNITS = {"gelu_input_units": "int8", "normalised_units": "int8"}
 
 
 def parts_of(preset: str, freeze_rate: float) -> set[tuple[str, str | None, str | None]]:
-    """(kind, codec, what is stored beside) of the rows of kinds that have parts, for two blocks."""
+    """(kind, codec, what is stored beside) of the rows of kinds that have parts, for one block."""
     torch._dynamo.reset()
     settings = {"preset": preset, "freeze_rate": freeze_rate, "scheduler": "random", "min_bytes": 0}
     settings |= {"codecs": EIGHT_FOR_UNITS} if preset == "max" else {}
-    model, session = optimized(Tiny(depth=2), **settings)
+    model, session = optimized(Tiny(depth=1), **settings)
     model(*tokens()).backward()
     rows = session.plan.rows
     assert all(r.bytes_closed < r.bytes_open and r.gates and r.decision == "codec+gate" for r in rows if r.beside)

@@ -7,6 +7,8 @@ import functools
 import logging
 
 import pytest
+from distributed_worker import Stack
+from effort import first
 from graphs import ATEN, Chain, chain_input
 from reference import compile_reference, differences, equal_bits, optimized, step
 from small_models import Tiny, tokens
@@ -18,7 +20,7 @@ from slimfit_fx.passes import pipeline
 from slimfit_fx.passes.pipeline import build_pipeline, pass_names
 from slimfit_fx.passes.verify import SEAM_RULES
 
-CLOSED = ("blocks.0.qkv.weight", "blocks.0.norm2.weight", "blocks.0.down.weight", "embed.weight")
+CLOSED = ("blocks.0.up.weight", "blocks.0.norm.weight", "embed.weight")
 
 
 def listed():
@@ -65,13 +67,13 @@ def test_every_stage_has_rules_and_stages_come_in_their_order():
 @functools.cache
 def reference_step():
     """(loss, gradients) without us."""
-    reference = Tiny(depth=1)
+    reference = Stack()
     return step(compile_reference(reference), reference, tokens())
 
 
 def held_against_the_reference(**settings):
     """(differences of gradients for some closed units, session); the loss must be equal bit for bit."""
-    model, session = optimized(Tiny(depth=1), preset="exact", scheduler="none", min_bytes=0, **settings)
+    model, session = optimized(Stack(), preset="exact", scheduler="none", min_bytes=0, **settings)
     session.freeze(CLOSED)
     expected_loss, expected = reference_step()
     loss, grads = step(model, model, tokens())
@@ -79,7 +81,12 @@ def held_against_the_reference(**settings):
     return differences(expected, grads, closed=set(CLOSED)), session
 
 
-@pytest.mark.parametrize("name", pass_names())
+ELSEWHERE = ("simplify_masks", "split_gradients", "lay_out_masks", "outline_repeats", "tile_blocks", "hand_over_parts")
+"""They find nothing to do in this model with the interpreter: make test-all switches them off one by one."""
+BY_EFFECT = sorted(pass_names(), key=lambda name: name in ELSEWHERE)
+
+
+@pytest.mark.parametrize("name", first(BY_EFFECT, len(BY_EFFECT) - len(ELSEWHERE)))
 def test_without_one_pass_gradients_are_the_same_bits(name, caplog):
     caplog.set_level(logging.DEBUG, "slimfit_fx.passes")
     wrong, session = held_against_the_reference(disabled_passes=(name,))

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from effort import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimfit_fx import Config
@@ -144,6 +145,7 @@ ROWS = st.builds(
 )
 
 
+@settings(max_examples=examples(100, share=3))
 @given(st.lists(ROWS, max_size=30))
 def test_folding_loses_no_row_and_no_byte(rows):
     folded = fold_rows(rows)

@@ -116,7 +116,7 @@ def test_faster_products_run_again_where_slower_ones_do_not(monkeypatch):
     def products_again(balance: float) -> int:
         monkeypatch.setattr(partitioner, "prices_of", lambda device: Prices(Roofline({"float32": balance}, 1.0)))
         bench = stopped_after(
-            "split_joint", Tiny(depth=6), tokens(batch=8), preset="exact", recompute="products", min_bytes=0
+            "split_joint", Tiny(depth=3), tokens(batch=8), preset="exact", recompute="products", min_bytes=0
         )
         assert bench.work.planning is not None and bench.work.planning.cut is not None
         return sum(map(ops.is_matrix_product, bench.work.planning.cut.recomputed))
@@ -128,7 +128,7 @@ def test_faster_products_run_again_where_slower_ones_do_not(monkeypatch):
 def test_a_plan_tells_the_time_it_expects(recompute):
     def time_of(**settings) -> ExpectedTime:
         config = Config(recompute=recompute, min_bytes=0, **settings)
-        found = slimfit_fx.plan(Tiny(depth=4), *tokens(batch=8), config=config)
+        found = slimfit_fx.plan(Tiny(depth=2), *tokens(batch=8), config=config)
         assert found.time is not None and f"{found.time.again_ms:.3g} ms more for what runs again" in str(found)
         return found.time
 

@@ -76,7 +76,7 @@ def alike_whatever_is_closed(spec: Spec, model, session, seed: int, expected_los
 # ---- gradients
 
 
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(30, share=10))
 @given(spec=specs(), seed=st.integers(0, 2**16), again=AGAIN)
 @example(spec=Spec(("linear", "batchnorm", "linear"), sizes="all"), seed=0, again={})
 @example(spec=Spec(("plain layernorm", "image convolution"), tokens=False, break_at=1, sizes="all"), seed=0, again={})
@@ -108,7 +108,7 @@ PAID = (
 """Products or blocks of these run again, in the examples below."""
 
 
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(20, share=10))
 @given(
     spec=specs(max_layers=4, repeats=(2, 3, 4)),
     preset=st.sampled_from(("exact", "balanced", "max")),
@@ -151,7 +151,7 @@ THREE_BLOCKS = Spec(("ffn",) * 3)
 NORMED = Spec(("linear", "layernorm", "ffn", "layernorm", "ffn"))
 
 
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(20, share=10))
 @given(
     spec=specs(),
     preset=st.sampled_from(("exact", "balanced", "max", "paper")),
@@ -217,7 +217,7 @@ def surviving(joint: JointGraph, closed: set[int]) -> set[str]:
     }
 
 
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(25, share=9))
 @given(spec=specs(sizes=("static",)), seed=st.integers(0, 2**16))
 def test_liveness_is_what_dead_code_elimination_finds(spec, seed):
     """A forward value is needed in backward exactly if it serves a gradient that is left."""
@@ -263,7 +263,7 @@ def test_models_are_drawn_whose_units_share_work(least, gates):
     """Else none of these tests would see a cone on the OR of several gates, cones inside of cones, or early parts."""
     quickly = settings(max_examples=40, phases=[Phase.generate], database=None)
     find(
-        specs(sizes=("static",)),
+        specs(sizes=("static",), max_layers=4),
         lambda s: sum(min(count, 2) == gates for count in shared_cones(s)) >= least,
         settings=quickly,
         random=random.Random(0),
@@ -273,7 +273,7 @@ def test_models_are_drawn_whose_units_share_work(least, gates):
 # ---- codecs
 
 
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(15, share=7))
 @given(spec=specs(max_layers=3), preset=st.sampled_from(("balanced", "max", "paper")))
 def test_lossy_codecs_change_gradients_a_little(spec, preset):
     torch._dynamo.reset()
@@ -286,7 +286,7 @@ def test_lossy_codecs_change_gradients_a_little(spec, preset):
     assert cosine(expected, grads) > {"balanced": 0.97, "max": 0.8, "paper": 0.8}[preset]
 
 
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(15, share=7))
 @given(
     spec=specs(max_layers=4),
     preset=st.sampled_from(("balanced", "max", "paper")),

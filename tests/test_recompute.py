@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effort import THOROUGH
 from graphs import ATEN, Bench, calls, stopped_after
 from reference import compile_reference, differences, equal_bits, optimized, step
 from small_models import Tiny, tokens
@@ -50,8 +51,8 @@ def products(bench: Bench) -> int:
 def test_gradients_are_the_same_bits(level, share):
     """Of torch's own partition, dropout and closed units included."""
     again = {"recompute": level, "recompute_share": share}
-    model, session = optimized(Tiny(depth=4), preset="exact", scheduler="none", min_bytes=0, **again)
-    reference = Tiny(depth=4)
+    model, session = optimized(Tiny(depth=3), preset="exact", scheduler="none", min_bytes=0, **again)
+    reference = Tiny(depth=3)
     expected_loss, expected = step(compile_reference(reference), reference, tokens())
     for closed in ((), CLOSED):
         session.unfreeze()
@@ -62,7 +63,7 @@ def test_gradients_are_the_same_bits(level, share):
 
 
 def test_each_level_saves_less_and_runs_more_again():
-    benches = [planned(level) for level in LEVELS]
+    benches = [planned(level, depth=3) for level in LEVELS]
     saved, again = [saved_bytes(b) for b in benches], [products(b) for b in benches]
     assert saved[0] > saved[1] and saved[0] > saved[2]
     assert again[0] < again[1] and again[0] < again[2], "attention scores alone at first"
@@ -109,7 +110,7 @@ def layers_that_run_again(level: str, share: float) -> list[int]:
 def test_a_share_of_the_blocks_runs_again_from_the_first_on(level):
     everywhere = layers_that_run_again(level, 1.0)
     assert min(everywhere) > 0
-    for share, count in ((0.25, 1), (0.75, 3)):
+    for share, count in ((0.75, 3), (0.25, 1))[: 2 if THOROUGH else 1]:
         again = layers_that_run_again(level, share)
         assert again[: count - 1] == everywhere[: count - 1], "as if all did"
         assert again[count - 1] > 0, "the last of them may be cut in two"

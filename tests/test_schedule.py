@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from effort import first
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import optimized
@@ -247,7 +248,7 @@ def test_the_papers_ils_leaves_behind_what_is_first_visited_early_in_a_warmup():
     assert set(ours.values()) == {20}
 
 
-@pytest.mark.parametrize("name", ILS)
+@pytest.mark.parametrize("name", first(ILS))
 def test_a_session_tells_ils_how_far_units_moved_per_learning_rate(name):
     """The first step of an AdamW moves every weight by the rate. What the paper's rule is told follows it."""
 

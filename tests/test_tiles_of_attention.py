@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from drawing_attention import BACKWARD, FORWARD, Kernel, drawing
-from effort import examples
+from effort import examples, first
 from graphs import calls, copy_seam, run_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def in_tiles_of(module, op) -> int:
     return sum(len(calls(part.graph, op)) for part in tiles_of(module))
 
 
-@pytest.mark.parametrize("closed", [(), (0, 3, 7), range(40)])
+@pytest.mark.parametrize("closed", first([[0, 3, 7], [], range(40)]))
 def test_backward_drops_what_forward_dropped(kernel, closed):
     seam = pair()
     copied, count = tiled(seam)
@@ -97,7 +97,7 @@ def test_seeds_that_the_caller_sees_are_those_of_the_whole_batch(kernel):
     assert first.meta["val"].shape == ()
 
 
-@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25, share=9), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_any_model_that_draws_computes_the_same_in_tiles(kernel, data, seed):
     spec = data.draw(specs(max_layers=4, repeats=(3, 4), sizes=("static",)))

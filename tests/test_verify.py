@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import examples
 from graphs import Bench, Chain, Fork, chain_input, copy_joint, copy_seam, stopped_after, watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,7 +119,7 @@ def test_one_error_lists_all_problems(legal):
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=examples(8, share=3))
 @given(spec=specs(max_layers=3), preset=st.sampled_from(("exact", "balanced", "paper")))
 def test_what_the_passes_make_is_legal_and_its_mutations_are_not(spec, preset):
     """After every pass; a mutation is tried wherever the graph has a place for it."""

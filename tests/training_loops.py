@@ -21,10 +21,18 @@ def train(model, optimizer, numbers) -> list[float]:
     return losses
 
 
-def pair(
-    *, closed: tuple[str, ...] = ("blocks.0.qkv.weight", "blocks.1.*", "embed.weight"), make=Tiny, **settings: Any
-):
+CLOSED_OF_ONE = ("blocks.0.qkv.weight", "blocks.0.norm2.weight", "blocks.0.down.weight", "embed.weight")
+CLOSED_OF_TWO = ("blocks.0.qkv.weight", "blocks.1.*", "embed.weight")
+
+
+def one_block() -> Tiny:
+    return Tiny(depth=1)
+
+
+def pair(*, closed: tuple[str, ...] | None = None, make=one_block, **settings: Any):
     """(optimized model, its session, compiled reference, its model); `closed` units are pinned, all others open."""
+    if closed is None:
+        closed = CLOSED_OF_ONE if make is one_block else CLOSED_OF_TWO
     model, session = optimized(make(), **{"preset": "exact", "scheduler": "none", **settings})
     if closed:
         session.freeze(closed)
