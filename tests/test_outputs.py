@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slimfit_fx
+from slimfit_fx.capture import loss_only
 from slimfit_fx.graph import batch as batch_
 from slimfit_fx.passes import outline_repeats as outlined_
 from slimfit_fx.runtime.measure import step_memory
@@ -72,11 +73,11 @@ def test_the_loss_and_all_gradients_are_the_same_bits():
             found[outputs].append((loss, grads, session.gates.closed))
             optimizer.step()
         assert session.recompiles == 0
-    for (loss, grads, closed), (loss_only, grads_only, closed_only) in zip(*found.values(), strict=True):
-        assert closed == closed_only and torch.equal(loss, loss_only)
+    for (loss, grads, closed), (loss_alone, grads_alone, closed_alone) in zip(*found.values(), strict=True):
+        assert closed == closed_alone and torch.equal(loss, loss_alone)
         assert all(
             (a is None) == (b is None) and (a is None or torch.equal(a, b))
-            for a, b in zip(grads.values(), grads_only.values(), strict=True)
+            for a, b in zip(grads.values(), grads_alone.values(), strict=True)
         )
 
 
@@ -161,6 +162,23 @@ def test_sizes_that_vary():
         assert found["logits"].shape == (rows, length, VOCABULARY)
         assert found["features"].shape == (rows, length, WIDTH) and found["best"].shape == (rows, length)
     assert session.recompiles == 0
+
+
+def test_a_plan_says_what_large_outputs_take(monkeypatch):
+    """To whom gets all of them, and has a loss."""
+    model, session = reader()
+    model(*batch())
+    assert session.plan.notes == ()
+    torch._dynamo.reset()
+    monkeypatch.setattr(loss_only, "WORTH_SAYING", 1)
+    model, session = reader()
+    model(*batch())
+    (note,) = session.plan.notes
+    assert f'the largest of size ({BATCH}, {LENGTH}, {VOCABULARY}): outputs="loss" leaves them out' in note
+    torch._dynamo.reset()
+    model, session = reader()
+    model(batch()[0])
+    assert session.plan.notes == ()
 
 
 def test_what_the_setting_may_be():

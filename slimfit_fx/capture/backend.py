@@ -81,8 +81,7 @@ class SlimFitBackend:
                 sink.append(GraphPlan((), (("the graph", "nothing in it needs a gradient"),), (), 0))
                 return gm.forward if self.plan_only else lower_plain(gm, example_inputs, self.executor)
             captured.masks = read_masks(gm.graph)
-            if self.config.outputs == "loss":
-                captured.loss_only = find_loss_only(gm, breaks=ends_at_a_break())
+            self._look_at_outputs(gm, captured)
             config, check = self.config, _no_check
             if self.under is not None:
                 config = self._under_budget(self.under, gm, example_inputs, layout, captured)
@@ -123,6 +122,14 @@ class SlimFitBackend:
         assert table is not None, "the session of this model is gone"
         return table
 
+    def _look_at_outputs(self, gm: fx.GraphModule, captured: CapturedGraph) -> None:
+        """Leave out what is not asked for, or say what that would spare."""
+        found = find_loss_only(gm, breaks=ends_at_a_break())
+        if self.config.outputs == "loss":
+            captured.loss_only = found
+        else:
+            captured.advice = found.advise()
+
     def _key_of(self, partitioner: GatedPartitioner, captured: CapturedGraph) -> str:
         """All that a plan depends on besides the graph."""
         return f"{partitioner.uuid()}:{self._simplifies_masks()}:{len(captured.loss_only.left_out)}"
@@ -134,7 +141,7 @@ class SlimFitBackend:
 
     def _with_note(self, captured: CapturedGraph, plan: GraphPlan | None) -> GraphPlan | None:
         masks = describe_masks(captured.masks, dropped=self._simplifies_masks())
-        told = [part for part in (masks, captured.loss_only.describe()) if part]
+        told = [part for part in (masks, captured.loss_only.describe(), captured.advice) if part]
         if plan is None or not told:
             return plan
         return replace(plan, note="; ".join(filter(None, (plan.note, *told))))

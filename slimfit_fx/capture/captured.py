@@ -40,6 +40,8 @@ class CapturedGraph:
     """What the mask of each attention says (passes/simplify_masks.py)."""
     loss_only: LossOnly = NOTHING_LEFT_OUT
     """Outputs that a training forward does not give."""
+    advice: str = ""
+    """What it would spare not to."""
     codes: list[StepCode] = field(default_factory=list, repr=False)
     """What runs, forward and backward: as Inductor wrote it, or graphs."""
     chosen: Config | None = None

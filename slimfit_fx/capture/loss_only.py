@@ -22,6 +22,8 @@ from slimfit_fx.graph.joint import hint
 from slimfit_fx.graph.symbols import symbols_of_layout
 
 Compiled = Callable[..., Any]
+WORTH_SAYING = 1 << 24
+"""Bytes of outputs that a plan speaks of."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,17 @@ class LossOnly:
         """For the plan."""
         if not self.left_out:
             return self.refusal
-        largest = max((shape.val for shape in self.left_out), key=lambda val: hint(val.numel()))
-        sizes = ", ".join(map(str, largest.shape))
-        return f"outputs beside the loss are left out: {len(self.left_out)}, the largest of size ({sizes})"
+        return f"outputs beside the loss are left out: {len(self.left_out)}, {self._largest()}"
+
+    def advise(self) -> str:
+        """What to say of them where they were not asked to be left out; empty if they are small."""
+        if sum(_nbytes(shape.val) for shape in self.left_out) < WORTH_SAYING:
+            return ""
+        return f'outputs beside the loss are held through backward, {self._largest()}: outputs="loss" leaves them out'
+
+    def _largest(self) -> str:
+        largest = max((shape.val for shape in self.left_out), key=_nbytes)
+        return f"the largest of size ({', '.join(map(str, largest.shape))})"
 
 
 NOTHING_LEFT_OUT = LossOnly((), ())
@@ -103,6 +113,10 @@ def _trained(node: Any) -> Tensor | None:
     """The example value of an output that is computed and has a gradient."""
     val = node.meta.get("example_value") if isinstance(node, fx.Node) and node.op != "placeholder" else None
     return val if isinstance(val, Tensor) and val.requires_grad else None
+
+
+def _nbytes(val: Tensor) -> int:
+    return hint(val.numel()) * val.element_size()
 
 
 def _without_data(val: Tensor, values: dict[Any, int]) -> Tensor:
