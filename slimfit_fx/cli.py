@@ -64,6 +64,10 @@ _SETTINGS: dict[str, Option] = {
         Annotated[float | None, typer.Option(help="Milder codecs where more error is to be expected, e.g. 0.05.")],
         None,
     ),
+    "outputs": (
+        Annotated[str | None, typer.Option(help="loss: outputs beside it are left out, such as logits [all].")],
+        None,
+    ),
 }
 """Settings that all commands know. ``preset`` and ``budget`` are checked with them where a command has them."""
 _ANSWER: dict[str, Option] = {

@@ -163,6 +163,8 @@ def test_plan_passes_budget_and_picture_on(run, monkeypatch, tmp_path):
         run("plan", "gpt2", "--length", "8", "--max-gradient-error", "0.05").asked.settings["max_gradient_error"]
         == 0.05
     )
+    assert "outputs" not in result.asked.settings
+    assert run("plan", "gpt2", "--length", "8", "--outputs", "loss").asked.settings["outputs"] == "loss"
 
 
 def test_front_passes_everything_on_and_tells_what_it_does(run, monkeypatch, tmp_path):
@@ -205,6 +207,7 @@ def test_a_budget_that_nothing_fits_is_status_1(run, monkeypatch, command):
         (["front", "gpt2", "--picture", "x.html"], "picture must be a .png file, got 'x.html'"),
         (["front", "gpt2", "--freeze-rate", "90"], "freeze_rate must be in [0, 1), got 90"),
         (["plan", "gpt2", "--max-gradient-error", "-1"], "max_gradient_error must be a finite number >= 0"),
+        (["plan", "gpt2", "--outputs", "logits"], "outputs must be one of ['all', 'loss'], got 'logits'"),
     ],
 )
 def test_wrong_options_are_status_2(run, arguments, message):
