@@ -31,7 +31,7 @@ class MadeInTiles:
 
     along: int
     slices: Mapping[fx.Node, int]
-    """What of it is read as a part: along which dimension, if a tile does not make it as well."""
+    """Of what it reads: the dimension along which a tile's part is cut, where a tile does not make that, too."""
 
 
 def made_in_tiles(

@@ -155,6 +155,15 @@ def test_what_passes_a_break_of_the_graph_stays():
     assert torch.allclose(plain(*batch())["loss"], found["loss"])
 
 
+@pytest.mark.parametrize("recompute", ["products", "blocks"])
+def test_without_tiles_logits_are_saved_as_they_are(recompute):
+    """Made again of values that were encoded they would not fit the sums of their exponentials, which are saved."""
+    model, session = reader(outputs="loss", preset="balanced", recompute=recompute)
+    model(*batch())["loss"].backward()
+    kept = [row for row in session.plan.rows if row.shape == (BATCH * LENGTH, VOCABULARY)]
+    assert kept and all(row.codec is None for row in kept)
+
+
 def test_sizes_that_vary():
     model, session = reader(outputs="loss", dynamic=True)
     for rows, length in ((4, 8), (3, 6), (5, 7)):

@@ -123,17 +123,15 @@ class Planner:
     def boundaries(self) -> frozenset[fx.Node]:
         """Values that are saved whatever they cost."""
         borders = frozenset() if self.recompute == "cheap" else self.blocks.borders & self.early
-        return borders.union(self.heads.values())
+        return borders.union(self.heads.values()) if self.batch_cut is not None else borders
 
     @functools.cached_property
     def heads(self) -> dict[fx.Node, fx.Node]:
-        """Products that make logits, and the smaller values that they are made of: logits are made again tile by tile.
+        """Products that make logits, and the smaller values that they are made of: tile by tile logits are made again.
 
         They must be the same then, since the sums of their exponentials are saved: what they are made of is saved as it
-        is. A user output is alive anyway, and without tiles all of them would come back at once.
+        is. A user output is alive anyway. Without tiles all would come back at once: they are saved themselves.
         """
-        if self.batch_cut is None:
-            return {}
         made = [n for n in self.forward if makes_logits(n) and n not in self.user_outputs]
         read = [(n, ops.view_base(i)) for n in made for i in n.all_input_nodes if not is_given(i)]
         return {n: i for n, i in read if nbytes(i) < nbytes(n)}
@@ -236,7 +234,7 @@ class Planner:
             return Decision("small", None, f"smaller than {self.min_bytes} bytes")
         if ops.is_random(node):
             return Decision("exact", None, "random numbers")
-        if node in self.heads.values():
+        if self.batch_cut is not None and node in self.heads.values():
             return Decision("exact", None, "logits are made again from it, and must be the same")
         kind = kind_of(node)
         if kind == "exact":
@@ -388,7 +386,9 @@ class Planner:
         if not ops.is_matrix_product(node):
             # a decision that is asked again of a decoded value could be answered otherwise
             return ops.is_cheap(node) and not ops.is_decision(node)
-        if self._level_of(node) == "blocks" or node in self.heads:
+        if node in self.heads:
+            return self.batch_cut is not None
+        if self._level_of(node) == "blocks":
             return True
         tensors = [i for i in node.all_input_nodes if ops.is_tensor(i)]
         of_activations = not any(ops.view_base(i).op == "placeholder" for i in tensors)
